@@ -1,0 +1,139 @@
+"""Channels, servers, and the one place where errors become gRPC status codes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from keel.errors import KeelError
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""Largest message either side takes. Streams chunk at 1 MiB; this leaves room for one group."""
+
+CHUNK_BYTES = 2**20
+"""Size of a chunk of weights or of a flush of tokens."""
+
+OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # below the client's keepalive, or the server would punish it with GOAWAY
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def channel(address: str) -> grpc.Channel:
+    """A blocking channel to "host:port"."""
+    return grpc.insecure_channel(address, options=OPTIONS)
+
+
+def aio_channel(address: str) -> grpc.aio.Channel:
+    """An asyncio channel to "host:port"."""
+    return grpc.aio.insecure_channel(address, options=OPTIONS)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns a KeelError, raised anywhere in a servicer, into its status and message.
+
+    Anything else is a bug of ours: logged with its traceback, INTERNAL to the caller.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.response_streaming:
+            return self._wrap_stream(handler, method)
+        return self._wrap_unary(handler, method)
+
+    def _wrap_unary(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
+        behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return await behaviour(request, context)
+            except (KeelError, Exception) as error:
+                await _abort(context, method, error)
+
+        make = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+    def _wrap_stream(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
+        behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+        async def wrapped(
+            request: Any, context: grpc.aio.ServicerContext
+        ) -> AsyncIterator[Any] | None:
+            # Health's Watch writes to the context instead of yielding
+            try:
+                result = behaviour(request, context)
+                if hasattr(result, "__aiter__"):
+                    async for response in result:
+                        await context.write(response)
+                else:
+                    await result
+            except (KeelError, Exception) as error:
+                await _abort(context, method, error)
+            return None
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+
+
+async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, KeelError):
+        log.info("%s: %s: %s", method, error.status.name, error)
+        await context.abort(error.status, str(error))
+    log.exception("%s failed", method, exc_info=error)
+    await context.abort(
+        grpc.StatusCode.INTERNAL, f"{method} failed: {type(error).__name__}: see the server's log"
+    )
+
+
+async def serve(
+    address: str, service_names: Sequence[str], add: Callable[[grpc.aio.Server], None]
+) -> tuple[grpc.aio.Server, int]:
+    """Starts a server with errors mapped, health SERVING and reflection; returns it and its port.
+
+    Args:
+        address: "host:port"; port 0 takes a free one.
+        service_names: full names, e.g. "keel.rollout.v1.RolloutService".
+        add: registers the servicers on the server.
+    """
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
+    add(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection(
+        [*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+    )
+    port = server.add_insecure_port(address)
+    await server.start()
+    for name in ("", *service_names):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return server, port

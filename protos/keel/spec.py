@@ -1,0 +1,305 @@
+"""RunSpec: the one schema of a run. The TOML file, the REST body and the trainer's input are it.
+
+Frozen and closed: an unknown key is an error, so a renamed field cannot pass unseen. Defaults are
+the paper's (arXiv 2512.01374) where it states them, and marked as Keel's own where it does not.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from keel.errors import InvalidField
+from keel.presets import PRESETS
+
+COHORT_SEQUENCES = 256
+"""Most sequences of a cohort, unless one group is larger: a batch that a small engine computes well."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Replay = Literal["auto", "none", "R2", "R3"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSpec(_Section):
+    """[model]: what is trained."""
+
+    path: str
+    """A Hugging Face folder with config.json, weights and tokenizer.json on the trainer's disk, or
+    "preset:NAME" for a small model with random weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the trainer's forward and of the published weights. bfloat16 keeps float32 masters;
+    the paper trains in bfloat16."""
+
+    @field_validator("path")
+    @classmethod
+    def _known_preset(cls, path: str) -> str:
+        kind, _, name = path.partition(":")
+        if not path.strip() or (kind == "preset" and name not in PRESETS):
+            known = ", ".join(f"preset:{preset}" for preset in sorted(PRESETS))
+            raise ValueError(f"a model folder, or one of {known}")
+        return path
+
+
+class TaskSpec(_Section):
+    """[task]: prompts, and what counts as right."""
+
+    dataset: Literal["multiplication"] = "multiplication"
+    """Built-in task: character-level multiplication with a scratchpad."""
+    verifier: Literal["multiplication"] = "multiplication"
+    """Reward 1 if the response ends with the right product, else 0 (the paper: binary)."""
+    difficulty: Annotated[int, Field(ge=2, le=6)] = 3
+    """Most digits of the first factor; it has at least 2. The second factor has 1."""
+
+
+class ColdStartSpec(_Section):
+    """[cold_start]: supervised steps on the task's (noisy) demonstrations before version 0."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps; 0 means no cold start."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of AdamW. Keel's choice for small models."""
+    batch_size: PositiveInt = 64
+    """Demonstrations a step."""
+
+
+class EngineSpec(_Section):
+    """[engine]: the inference engine that the run asks for."""
+
+    kind: Literal["torch"] = "torch"
+    """Which engine. The gateway leases one of this kind."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of weights and activations in the engine."""
+    quantize: Literal["none", "fp8"] = "none"
+    """Low-precision inference: fp8 is e4m3 with block scales (the paper infers in FP8)."""
+    quantize_inputs: bool = True
+    """With quantize: also the inputs of linear layers."""
+    quantize_router: bool = False
+    """With quantize: also the routers."""
+    count: Literal[1] = 1
+    """Engines leased."""
+
+
+class TrainerSpec(_Section):
+    """[trainer]: the training backend."""
+
+    backend: Literal["torch"] = "torch"
+    """Which backend."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Most tokens (padding counted) of one forward and backward. Enters the numbers' rounding, so it
+    is part of the run, not of the machine."""
+
+
+class ParallelSpec(_Section):
+    """[parallel]: how the model is laid out over ranks. The torch backend takes one rank."""
+
+    data: Literal[1] = 1
+    """Data-parallel replicas."""
+    tensor: Literal[1] = 1
+    """Tensor-parallel ranks."""
+    expert: Literal[1] = 1
+    """Expert-parallel ranks."""
+    pipeline: Literal[1] = 1
+    """Pipeline stages."""
+
+
+class RolloutSpec(_Section):
+    """[rollout]: how responses are sampled."""
+
+    group_size: Annotated[int, Field(ge=2, le=1024)] = 16
+    """Responses to each prompt, G. The paper: 16."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature of sampling and of all three log-probs."""
+    max_tokens: PositiveInt = 32
+    """Most response tokens. The paper: 32,768."""
+    max_staleness: Literal[0] = 0
+    """Laps that sampling may run ahead of training. 0: synchronous, as in the paper."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truncated_sampling(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in ("top_p", "top_k", "min_p"):
+                if key in value:
+                    raise ValueError(
+                        f"{key} = {value[key]!r} is refused in training: truncated sampling would "
+                        "bias pi / mu. Leave it out; rollouts sample from the full vocabulary"
+                    )
+        return value
+
+
+class RecipeSpec(_Section):
+    """[recipe]: the algorithm."""
+
+    objective: Literal["minirl"] = "minirl"
+    """MiniRL, eq (7) of the paper."""
+    replay: Replay = "auto"
+    """Routing replay. auto is the paper's finding: none at N = 1, R2 at N = 2 and 3, R3 from 4 on."""
+    off_policiness: PositiveInt = 1
+    """Mini-batches (optimizer steps) a lap, N. The paper: 1, 2, 4, 8."""
+    groups_per_minibatch: PositiveInt = 64
+    """Prompts of one mini-batch, B. The paper: 64."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run; a multiple of off_policiness."""
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW. Not stated in the paper; 1e-6 is usual for 30 B models, and
+    5e-4 suits the tiny preset."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up; constant afterwards."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]
+    ] = (0.9, 0.99)
+    """AdamW's betas."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest gradient norm."""
+    eps_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """A < 0: masked where pi_theta / pi_old < 1 - eps_low. The paper: 0.2."""
+    eps_high: PositiveFloat = 0.27
+    """A > 0: masked where pi_theta / pi_old > 1 + eps_high. The paper: 0.27."""
+    is_cap: PositiveFloat | None = 5.0
+    """The weight pi_theta / mu_old is truncated above here. The paper: 5. Leave out in JSON as null
+    for no truncation."""
+    importance_sampling: bool = True
+    """False: ablation; the weight is pi_theta / pi_old instead."""
+    clip: bool = True
+    """False: ablation; nothing is masked."""
+    length_norm: bool = False
+    """True: ablation; each response is divided by its length."""
+    std_norm: bool = False
+    """True: ablation; advantages are divided by the group's standard deviation."""
+
+    @model_validator(mode="after")
+    def _whole_laps(self) -> Self:
+        if self.steps % self.off_policiness:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of off_policiness = {self.off_policiness}; "
+                f"valid: {self.steps - self.steps % self.off_policiness or self.off_policiness}, for example"
+            )
+        return self
+
+
+class EvaluationSpec(_Section):
+    """[evaluation]: greedy accuracy on held-out prompts, at version boundaries."""
+
+    every: NonNegativeInt = 0
+    """Optimizer steps between evaluations, a multiple of off_policiness; also before the first
+    step and after the last. 0: never."""
+    samples: PositiveInt = 128
+    """Held-out prompts."""
+
+
+class CheckpointSpec(_Section):
+    """[checkpoint]: what a crash can cost."""
+
+    every: NonNegativeInt = 0
+    """Optimizer steps between checkpoints, a multiple of off_policiness. 0: only after the cold start
+    and after the last step."""
+    keep: PositiveInt = 2
+    """Checkpoints kept."""
+
+
+class RunSpec(_Section):
+    """A run, whole.
+
+    Example:
+        RunSpec.model_validate({"name": "first", "model": {"path": "preset:tiny-qwen3-moe"},
+                                "recipe": {"steps": 8, "off_policiness": 4}})
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    """For people: letters, digits, '.', '_' and '-', at most 63."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Everything random in the run follows from it."""
+    model: ModelSpec
+    task: TaskSpec = TaskSpec()
+    cold_start: ColdStartSpec = ColdStartSpec()
+    engine: EngineSpec = EngineSpec()
+    trainer: TrainerSpec = TrainerSpec()
+    parallel: ParallelSpec = ParallelSpec()
+    rollout: RolloutSpec = RolloutSpec()
+    recipe: RecipeSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @model_validator(mode="after")
+    def _version_boundaries(self) -> Self:
+        for section in ("evaluation", "checkpoint"):
+            every = getattr(self, section).every
+            if every % self.recipe.off_policiness:
+                raise ValueError(
+                    f"{section}.every = {every} is not a multiple of recipe.off_policiness = "
+                    f"{self.recipe.off_policiness}: it falls on version boundaries"
+                )
+        return self
+
+    @property
+    def laps(self) -> int:
+        """Laps of the run; each makes one policy version."""
+        return self.recipe.steps // self.recipe.off_policiness
+
+    @property
+    def slots_per_lap(self) -> int:
+        """Groups of a lap: N x B."""
+        return self.recipe.off_policiness * self.recipe.groups_per_minibatch
+
+    def cohorts(self, groups: int) -> list[range]:
+        """Cuts `groups` consecutive slots into cohorts: a function of the spec, never of engines."""
+        size = max(1, COHORT_SEQUENCES // self.rollout.group_size)
+        return [range(begin, min(begin + size, groups)) for begin in range(0, groups, size)]
+
+    def evaluated_steps(self) -> list[int]:
+        """Steps after which the held-out prompts are evaluated, ascending; step 0 is version 0."""
+        every = self.evaluation.every
+        if every == 0:
+            return []
+        return sorted({*range(0, self.recipe.steps, every), self.recipe.steps})
+
+
+def parse_spec(data: Any) -> RunSpec:
+    """A RunSpec from decoded TOML or JSON, or InvalidField for the first thing wrong with it."""
+    try:
+        return RunSpec.model_validate(data)
+    except ValidationError as error:
+        raise spec_errors(error)[0] from error
+
+
+def spec_errors(error: ValidationError) -> list[InvalidField]:
+    """Every complaint of pydantic as field, value and what would be valid."""
+    return [
+        InvalidField(
+            ".".join(str(part) for part in item["loc"]) or "spec",
+            "missing" if item["type"] == "missing" else item["input"],
+            _valid(item["type"], item["msg"]),
+        )
+        for item in error.errors(include_url=False)
+    ]
+
+
+def _valid(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "no such key; see docs/run-schema.md for the keys"
+    if kind == "missing":
+        return "a value: this key is required"
+    return message.removeprefix("Value error, ").removeprefix("Input should be ")
+
+
+def load_spec(path: Path) -> RunSpec:
+    """Reads a job file (TOML)."""
+    try:
+        return parse_spec(tomllib.loads(path.read_text(encoding="utf-8")))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidField(str(path), str(error), "a TOML file; see examples/") from error
+    except UnicodeDecodeError as error:
+        raise InvalidField(str(path), str(error), "a TOML file in UTF-8") from error
