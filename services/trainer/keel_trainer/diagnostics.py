@@ -1,0 +1,100 @@
+"""From sums and counts to the row of metrics: exact, however a step was split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from keel_trainer.algo.replay import compare_routes
+
+Stats = dict[str, Tensor]
+"""Float64 scalars that add up; keys ending in `_max` take the maximum."""
+
+
+def merge(parts: Iterable[Stats]) -> Stats:
+    """The stats of a step from those of its micro-batches."""
+    total: Stats = {}
+    for part in parts:
+        for key, value in part.items():
+            if key not in total:
+                total[key] = value
+            elif key.endswith("_max"):
+                total[key] = total[key].maximum(value)
+            else:
+                total[key] = total[key] + value
+    return total
+
+
+def entropy_stats(entropy_NT: Tensor, mask_NT: Tensor) -> Stats:
+    """Sum over valid response tokens; their count is the loss's `tokens`."""
+    return {"entropy": entropy_NT[mask_NT].double().sum()}
+
+
+def routing_stats(engine_NTLK: Tensor, live_NTLK: Tensor, mask_NT: Tensor) -> Stats:
+    """Engine's routes against the trainer's live top-k, over every real position.
+
+    `live_NTLK` comes from the scoring pass, or from the update at N = 1. Under R3 it is conditional
+    on replayed lower layers.
+    """
+    counts = compare_routes(engine_NTLK, live_NTLK, mask_NT)
+    return {
+        "routing_pairs": counts.pairs,
+        "routing_pairs_differ": counts.pairs - counts.pairs_equal,
+        "routing_tokens": counts.tokens,
+        "routing_tokens_differ": counts.tokens - counts.tokens_equal,
+        "routing_experts": counts.experts,
+        "routing_experts_shared": counts.experts_shared,
+    }
+
+
+def replay_stats(requested_NTLK: Tensor, dispatched_NTLK: Tensor, mask_NT: Tensor) -> Stats:
+    """(token, layer) pairs whose experts were asked for, and those that got exactly that set.
+
+    Of update forwards only; mask_NT is `MicroBatch.routes_mask_NT`.
+    """
+    counts = compare_routes(requested_NTLK, dispatched_NTLK, mask_NT)
+    return {"replay_rows_requested": counts.pairs, "replay_rows_obeyed": counts.pairs_equal}
+
+
+def metrics(stats: Stats) -> dict[str, float]:
+    """The algorithm's columns of a row, from merged stats.
+
+    Without a valid token every mean is 0. `routing/*` appear only where routes were compared;
+    `replay/*` always do.
+    """
+    sums = {key: float(value) for key, value in stats.items()}
+    tokens = sums.get("tokens", 0.0)
+
+    def mean(key: str, count: float = tokens) -> float:
+        return sums.get(key, 0.0) / count if count else 0.0
+
+    squared = sums.get("is_squared", 0.0)
+    row = {
+        "mismatch/k1": mean("mismatch_k1"),
+        "mismatch/k3": mean("mismatch_k3"),
+        "mismatch/logprob_abs_mean": mean("mismatch_abs"),
+        "mismatch/logprob_abs_max": sums.get("mismatch_abs_max", 0.0),
+        "mismatch/f2": mean("mismatch_f2"),
+        "staleness/k1": mean("staleness_k1"),
+        "staleness/k3": mean("staleness_k3"),
+        "staleness/ratio_max": sums.get("staleness_ratio_max", 0.0),
+        "is/mean": mean("is"),
+        "is/max": sums.get("is_max", 0.0),
+        # 1 / mean((w / mean w)^2): the share of tokens that count
+        "is/ess": sums["is"] ** 2 / (tokens * squared) if tokens and squared else 0.0,
+        "is/truncated": mean("is_truncated"),
+        "clip/high": mean("clip_high"),
+        "clip/low": mean("clip_low"),
+        "entropy": mean("entropy"),
+        "replay/rows_requested": sums.get("replay_rows_requested", 0.0),
+        "replay/rows_obeyed": sums.get("replay_rows_obeyed", 0.0),
+        "tokens/trained": tokens,
+    }
+    if sums.get("routing_pairs"):
+        row |= {
+            "routing/pair_disagree": mean("routing_pairs_differ", sums["routing_pairs"]),
+            "routing/token_disagree": mean("routing_tokens_differ", sums["routing_tokens"]),
+            "routing/overlap": mean("routing_experts_shared", sums["routing_experts"]),
+        }
+    return row
