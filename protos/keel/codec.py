@@ -100,7 +100,7 @@ def fingerprint(entries: Iterable[manifest_pb2.TensorEntry]) -> int:
     digest = xxhash.xxh3_64()
     for entry in sorted(entries, key=lambda entry: entry.name):
         shape = ",".join(str(extent) for extent in entry.shape)
-        digest.update(f"{entry.name}|{entry.dtype}|{shape}|{entry.xxh3:016x}\n")
+        digest.update(f"{entry.name}|{entry.dtype}|{shape}|{entry.xxh3:016x}\n".encode())
     return digest.intdigest()
 
 

@@ -1,8 +1,8 @@
 """Metric rows: their columns, and how they lie in Redis.
 
 Rows live in a hash (`keel.queue.metrics_key`) under (attempt, step), so that a row written again
-replaces itself. The trainer writes a row a step, from step 1; the collector writes evaluations under
-a key of their own, step 0 being version 0. Readers see both merged.
+replaces itself. The trainer writes a row a step, from step 1; the collector writes evaluations
+under a key of their own, step 0 being version 0. Readers see both merged.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ COLUMNS: dict[str, str] = {
     "staleness/k1": "mean(log pi_old - log pi_theta), nats",
     "staleness/k3": "mean(e^d - d - 1), d = log pi_theta - log pi_old",
     "staleness/ratio_max": "max pi_theta / pi_old",
-    "is/mean": "mean importance weight after truncation",
+    "is/mean": "mean importance weight before truncation",
     "is/max": "largest importance weight before truncation",
-    "is/ess": "effective sample size: 1 / mean((w / mean w)^2)",
+    "is/ess": "effective sample size as a share: 1 / mean((w / mean w)^2)",
     "is/truncated": "share of tokens whose weight was truncated",
     "clip/high": "share of tokens masked with A > 0",
     "clip/low": "share of tokens masked with A < 0",
     "entropy": "mean entropy over the full vocabulary, nats",
     "grad_norm": "gradient norm before clipping",
-    "routing/pair_disagree": "share of (token, layer) pairs whose expert set differs, engine against trainer",
+    "routing/pair_disagree": "share of (token, layer) pairs with other experts, engine and trainer",
     "routing/token_disagree": "share of tokens with any differing layer",
     "routing/overlap": "mean share of common experts of a pair",
-    "replay/rows_requested": "(token, layer) pairs whose experts were prescribed in update forwards",
+    "replay/rows_requested": "(token, layer) pairs whose experts were prescribed in updates",
     "replay/rows_obeyed": "of these, pairs dispatched to exactly the prescribed experts",
     "response/length_mean": "mean response length, tokens",
     "response/truncated": "share of responses that reached max_tokens",
@@ -92,7 +92,7 @@ def fields_after(step: int, last: int, attempt: int) -> list[str]:
 
 
 def merge_rows(values: Iterable[bytes | None]) -> Sequence[Row]:
-    """Rows by step, ascending: later values replace earlier ones of the same step, column by column."""
+    """Rows by step, ascending: later values replace earlier ones, column by column."""
     rows: dict[int, Row] = {}
     for value in values:
         if value is not None:

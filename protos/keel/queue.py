@@ -1,7 +1,8 @@
 """Names in Redis, and envelopes as stream entries. Bytes only: each service brings its client.
 
 A stream entry has one field, `envelope`: a serialized keel.types.v1.Envelope. Exactly one envelope
-counts for each slot; where a lost reply made a producer add it twice, the first in stream order wins.
+counts for each slot; where a lost reply made a producer add it twice, the first in stream order
+wins.
 """
 
 from __future__ import annotations
@@ -43,9 +44,14 @@ def metrics_key(run: str) -> str:
     return f"keel:metrics:{run}"
 
 
+def versions_key(run: str) -> str:
+    """Hash: policy version to weights fingerprint, 16 hexadecimal digits."""
+    return f"keel:versions:{run}"
+
+
 def run_keys(run: str) -> list[str]:
     """Every key of a run."""
-    return [run_key(run), demos_key(run), groups_key(run), metrics_key(run)]
+    return [run_key(run), demos_key(run), groups_key(run), metrics_key(run), versions_key(run)]
 
 
 def pack(envelope: sequence_pb2.Envelope) -> dict[bytes, bytes]:

@@ -9,7 +9,7 @@ Each field has one writer. Readers take the whole hash.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -116,7 +116,7 @@ class RunRecord:
         return cls(run=run, extra=values, **known)  # type: ignore[arg-type]
 
 
-_PARSERS = {
+_PARSERS: dict[str, Callable[[str], object]] = {
     "created_s": float,
     "desired": Desired,
     "trainer": str,
@@ -140,7 +140,8 @@ def pack_fields(**fields: object) -> dict[str, str]:
     """Some fields as hash values: what a writer hands to HSET.
 
     Example:
-        pack_fields(phase=Phase.TRAINING, engines=("a:1",)) == {"phase": "TRAINING", "engines": '["a:1"]'}
+        pack_fields(phase=Phase.TRAINING, engines=("a:1",))
+        == {"phase": "TRAINING", "engines": '["a:1"]'}
     """
     unknown = fields.keys() - _PARSERS.keys()
     assert not unknown, f"not fields of a run record: {unknown}"

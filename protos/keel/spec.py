@@ -16,7 +16,7 @@ from keel.errors import InvalidField
 from keel.presets import PRESETS
 
 COHORT_SEQUENCES = 256
-"""Most sequences of a cohort, unless one group is larger: a batch that a small engine computes well."""
+"""Most sequences of a cohort, unless one group is larger: a batch that computes well."""
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -94,8 +94,8 @@ class TrainerSpec(_Section):
     backend: Literal["torch"] = "torch"
     """Which backend."""
     micro_batch_tokens: PositiveInt = 8192
-    """Most tokens (padding counted) of one forward and backward. Enters the numbers' rounding, so it
-    is part of the run, not of the machine."""
+    """Most tokens (padding counted) of one forward and backward. It enters the rounding, so it is
+    part of the run, not of the machine."""
 
 
 class ParallelSpec(_Section):
@@ -142,7 +142,7 @@ class RecipeSpec(_Section):
     objective: Literal["minirl"] = "minirl"
     """MiniRL, eq (7) of the paper."""
     replay: Replay = "auto"
-    """Routing replay. auto is the paper's finding: none at N = 1, R2 at N = 2 and 3, R3 from 4 on."""
+    """Routing replay. auto is the paper's finding: none at N = 1, R2 at 2 and 3, R3 from 4 on."""
     off_policiness: PositiveInt = 1
     """Mini-batches (optimizer steps) a lap, N. The paper: 1, 2, 4, 8."""
     groups_per_minibatch: PositiveInt = 64
@@ -156,9 +156,10 @@ class RecipeSpec(_Section):
     """Steps of linear warm-up; constant afterwards."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[
-        Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]
-    ] = (0.9, 0.99)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.99,
+    )
     """AdamW's betas."""
     adam_eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
@@ -184,8 +185,9 @@ class RecipeSpec(_Section):
     def _whole_laps(self) -> Self:
         if self.steps % self.off_policiness:
             raise ValueError(
-                f"steps = {self.steps} is not a multiple of off_policiness = {self.off_policiness}; "
-                f"valid: {self.steps - self.steps % self.off_policiness or self.off_policiness}, for example"
+                f"steps = {self.steps} is not a multiple of "
+                f"off_policiness = {self.off_policiness}; nearest: "
+                f"{self.steps + -self.steps % self.off_policiness}"
             )
         return self
 
@@ -204,8 +206,8 @@ class CheckpointSpec(_Section):
     """[checkpoint]: what a crash can cost."""
 
     every: NonNegativeInt = 0
-    """Optimizer steps between checkpoints, a multiple of off_policiness. 0: only after the cold start
-    and after the last step."""
+    """Optimizer steps between checkpoints, a multiple of off_policiness. 0: only after the cold
+    start and after the last step."""
     keep: PositiveInt = 2
     """Checkpoints kept."""
 
@@ -255,7 +257,7 @@ class RunSpec(_Section):
         return self.recipe.off_policiness * self.recipe.groups_per_minibatch
 
     def cohorts(self, groups: int) -> list[range]:
-        """Cuts `groups` consecutive slots into cohorts: a function of the spec, never of engines."""
+        """Cuts consecutive slots into cohorts: a function of the spec, never of engines."""
         size = max(1, COHORT_SEQUENCES // self.rollout.group_size)
         return [range(begin, min(begin + size, groups)) for begin in range(0, groups, size)]
 

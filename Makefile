@@ -1,0 +1,56 @@
+# Keel's targets. Each sets up what it needs; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# threads enter the rounding of every matrix product: pinned wherever numbers are made
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
+SETUP := $(VENV)/.setup-done
+
+.PHONY: help setup demo test test-unit lint format protos bench-wire clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(SETUP) ## make the virtual environment .venv (everything below does it by itself)
+
+$(SETUP): $(PYPROJECTS) constraints.txt requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "Keel needs Python 3.11: apt-get install python3.11 python3.11-venv, or make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e protos -e 'services/rollout[torch]' -e services/trainer -e services/gateway -r requirements-dev.txt
+	@touch $@
+
+demo: $(SETUP) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html
+	$(BIN)/keel run examples/multiplication.toml --out runs/demo
+
+test: $(SETUP) ## run every test
+	$(BIN)/pytest
+
+test-unit: $(SETUP) ## run the tests that take seconds
+	$(BIN)/pytest tests/unit tests/contract
+
+lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PYTHON=$(BIN)/python scripts/generate_protos.sh --check
+
+format: $(SETUP) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+protos: $(SETUP) ## generate Python from the protos
+	PYTHON=$(BIN)/python scripts/generate_protos.sh
+
+bench-wire: $(SETUP) ## nanoseconds a token to encode and decode a sequence with routes
+	$(BIN)/python benchmarks/wire.py
+
+clean: ## remove the virtual environment, caches and runs
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
