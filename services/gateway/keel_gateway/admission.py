@@ -1,0 +1,117 @@
+"""Judges a spec: against its model at once, against what engines can do as soon as one is known.
+
+A job that no engine can do is refused when it is submitted, naming for each engine what it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from keel.errors import InvalidField
+from keel.presets import PRESETS, Preset
+from keel.rollout.v1 import rollout_service_pb2
+from keel.spec import RunSpec
+from keel.types.v1 import tensor_pb2
+from keel_gateway.registry import Capabilities
+
+R3_FROM = 4
+"""replay = "auto" means R3 from this off-policiness on, for Mixture-of-Experts models."""
+
+
+def model_lacks(spec: RunSpec) -> list[InvalidField]:
+    """What the spec asks of its model that the model cannot give, whatever the engine."""
+    preset = _preset(spec)
+    if preset is None:
+        return []
+    positions = preset.config["max_position_embeddings"]
+    if spec.rollout.max_tokens < positions:
+        return []
+    return [
+        InvalidField(
+            "rollout.max_tokens",
+            spec.rollout.max_tokens,
+            f"1 to {positions - 1}: {spec.model.path} takes {positions} positions, prompt included",
+        )
+    ]
+
+
+def engines_lack(spec: RunSpec, engines: Mapping[str, Capabilities]) -> list[InvalidField]:
+    """Empty if one of `engines` (by address) can do the run, or none is known yet; else why not.
+
+    One complaint a field; its `valid` says what each engine that falls short would take.
+    """
+    lacking: dict[str, InvalidField] = {}
+    for address, capabilities in engines.items():
+        lacks = list(engine_lacks(spec, capabilities))
+        if not lacks:
+            return []
+        for lack in lacks:
+            told = f"{address} takes {lack.valid}"
+            earlier = lacking.get(lack.field)
+            lacking[lack.field] = InvalidField(
+                lack.field, lack.value, f"{earlier.valid}; {told}" if earlier else told
+            )
+    return list(lacking.values())
+
+
+def engine_lacks(spec: RunSpec, capabilities: Capabilities) -> Iterator[InvalidField]:
+    """Every field of the spec that one engine cannot do, with what it would take."""
+    can, asked = capabilities.can, spec.engine
+    if asked.kind != can.kind:
+        yield InvalidField("engine.kind", asked.kind, repr(can.kind))
+    dtypes = [_plain(tensor_pb2.DType.Name(dtype), "D_TYPE_") for dtype in can.dtypes]
+    if asked.dtype not in dtypes:
+        yield InvalidField("engine.dtype", asked.dtype, _listed(dtypes))
+    quantizations = [
+        _plain(rollout_service_pb2.Quantization.Name(value), "QUANTIZATION_")
+        for value in can.quantizations
+    ]
+    if asked.quantize not in quantizations:
+        yield InvalidField("engine.quantize", asked.quantize, _listed(quantizations))
+    architectures = list(can.architectures) or [capabilities.loaded.architecture]
+    preset = _preset(spec)
+    if preset is not None and not set(preset.config["architectures"]) & set(architectures):
+        yield InvalidField("model.path", spec.model.path, f"models of {_listed(architectures)}")
+    if needs_routes(spec) and not can.routes:
+        yield InvalidField(
+            "recipe.replay",
+            spec.recipe.replay,
+            "'none' or 'R2': it reports no routes, and R3 replays the engine's",
+        )
+    if spec.rollout.group_size > can.max_group_size:
+        yield InvalidField(
+            "rollout.group_size", spec.rollout.group_size, f"2 to {can.max_group_size}"
+        )
+    largest = max(map(len, spec.cohorts(spec.slots_per_lap))) * spec.rollout.group_size
+    if can.deterministic and largest > can.max_cohort_sequences:
+        yield InvalidField(
+            "rollout.group_size",
+            spec.rollout.group_size,
+            f"cohorts of up to {can.max_cohort_sequences} sequences, and this makes {largest}",
+        )
+
+
+def needs_routes(spec: RunSpec) -> bool:
+    """Whether the recipe replays the engine's routes.
+
+    "auto" is judged for presets only: whether a folder on the trainer's disk has experts, the
+    gateway cannot know.
+    """
+    if spec.recipe.replay == "auto":
+        preset = _preset(spec)
+        experts = preset.config.get("num_experts", 0) if preset else 0
+        return experts > 0 and spec.recipe.off_policiness >= R3_FROM
+    return spec.recipe.replay == "R3"
+
+
+def _preset(spec: RunSpec) -> Preset | None:
+    kind, _, name = spec.model.path.partition(":")
+    return PRESETS[name] if kind == "preset" else None
+
+
+def _plain(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
+
+
+def _listed(names: list[str]) -> str:
+    return " or ".join(map(repr, names)) if any(names) else "nothing that it has said"

@@ -1,0 +1,64 @@
+"""The HTTP application: parts put together, started and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from keel_gateway import problems
+from keel_gateway.registry import Registry
+from keel_gateway.routers import engines, health, jobs
+from keel_gateway.scheduler import Scheduler
+from keel_gateway.settings import Settings
+from keel_gateway.store import Store, connect
+
+DESCRIPTION = """\
+Reinforcement learning for (Mixture-of-Experts) language models, kept stable: *Stabilizing
+Reinforcement Learning with LLMs* (arXiv 2512.01374) as services.
+
+Submit a **RunSpec** to `/v1/jobs`; the gateway leases it a trainer and a rollout engine and tells
+how it does. Every error is `application/problem+json` (RFC 9457) and names the field, the value and
+what would be valid.
+"""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The gateway as an ASGI application. Its lifespan runs the registry and the scheduler.
+
+    Redis, engines and trainers may all be away when it starts, and at any time afterwards.
+    """
+    redis = connect(settings.redis_url)
+    store = Store(redis)
+    registry = Registry(settings.engines, settings.trainers, poll_s=settings.poll_s)
+    scheduler = Scheduler(store, registry, poll_s=settings.poll_s)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await registry.start()
+        loop = asyncio.create_task(scheduler.run())
+        try:
+            yield
+        finally:
+            loop.cancel()
+            with suppress(asyncio.CancelledError):
+                await loop
+            await registry.stop()
+            await redis.aclose()
+
+    app = FastAPI(
+        title="Keel gateway",
+        version=version("keel-gateway"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        # one RunSpec in the schema: what is submitted is what is shown
+        separate_input_output_schemas=False,
+    )
+    app.state.store, app.state.registry, app.state.scheduler = store, registry, scheduler
+    problems.install(app)
+    for module in (jobs, engines, health):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,134 @@
+"""/v1/jobs: submit, look, cancel, metrics."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Response
+from redis.exceptions import RedisError
+
+from keel_gateway import transitions
+from keel_gateway.admission import engines_lack, model_lacks
+from keel_gateway.problems import Refused, responses
+from keel_gateway.routers.dependencies import RegistryDep, SchedulerDep, SpecBody, StoreDep
+from keel_gateway.schemas import Job, JobList, Metrics
+
+log = logging.getLogger(__name__)
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+RunId = Annotated[str, Path(description="The job's id.", max_length=80)]
+
+_EXAMPLE = {
+    "name": "multiplication",
+    "seed": 1,
+    "model": {"path": "preset:tiny-qwen3-moe"},
+    "cold_start": {"steps": 400},
+    "engine": {"quantize": "fp8"},
+    "rollout": {"group_size": 8},
+    "recipe": {
+        "replay": "R3",
+        "off_policiness": 4,
+        "groups_per_minibatch": 16,
+        "steps": 240,
+        "learning_rate": 5e-4,
+    },
+}
+_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/RunSpec"},
+                "examples": {"a small run": {"value": _EXAMPLE}},
+            },
+            "application/toml": {"schema": {"type": "string"}},
+        },
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    summary="Submit a job",
+    openapi_extra=_BODY,
+    responses=responses(400, 413, 415, 422, 503),
+)
+async def submit(
+    spec: SpecBody,
+    store: StoreDep,
+    registry: RegistryDep,
+    scheduler: SchedulerDep,
+    response: Response,
+) -> Job:
+    """Takes a RunSpec, as JSON or TOML, and queues it.
+
+    A spec that no known engine can do is refused (422), naming for each engine what it lacks. While
+    no engine is known, every valid spec is taken, and `reason` says what it waits for.
+    """
+    known = {
+        engine.address: engine.capabilities
+        for engine in registry.engines.values()
+        if engine.capabilities is not None
+    }
+    lacks = model_lacks(spec) + engines_lack(spec, known)
+    if lacks:
+        raise Refused(lacks)
+    record = await store.create(spec)
+    try:
+        await scheduler.grant_leases()
+        record = await store.get(record.run)
+    except RedisError as error:  # the job is taken; the loop goes on with it
+        log.warning("%s: %s", record.run, error)
+    response.headers["Location"] = f"/v1/jobs/{record.run}"
+    return Job.from_record(record, scheduler.reason(record))
+
+
+@router.get("", summary="List jobs", responses=responses(422, 503))
+async def list_jobs(
+    store: StoreDep,
+    scheduler: SchedulerDep,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Most jobs.")] = 100,
+) -> JobList:
+    """The last submitted first."""
+    records = await store.newest(limit)
+    return JobList(jobs=[Job.from_record(record, scheduler.reason(record)) for record in records])
+
+
+@router.get("/{run}", summary="Look at a job", responses=responses(404, 422, 503))
+async def get_job(run: RunId, store: StoreDep, scheduler: SchedulerDep) -> Job:
+    """The job as its record says."""
+    record = await store.get(run)
+    return Job.from_record(record, scheduler.reason(record))
+
+
+@router.post("/{run}/cancel", summary="Cancel a job", responses=responses(404, 409, 422, 503))
+async def cancel_job(run: RunId, store: StoreDep, scheduler: SchedulerDep) -> Job:
+    """Ends the job; its last checkpoint stays.
+
+    May be repeated. Where a trainer has the job, `desired` is CANCELLED at once, and `phase` when
+    the trainer has stopped. A job that has succeeded or failed cannot be cancelled (409).
+    """
+    record = await store.change(run, partial(transitions.cancel, now_s=time.time()))
+    scheduler.wake(run)
+    return Job.from_record(record, scheduler.reason(record))
+
+
+@router.get("/{run}/metrics", summary="Read metrics", responses=responses(404, 422, 503))
+async def get_metrics(
+    run: RunId,
+    store: StoreDep,
+    after: Annotated[
+        int, Query(ge=-1, description="Only steps after this one; -1 includes step 0.")
+    ] = -1,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="Most rows.")] = 1000,
+) -> Metrics:
+    """Rows in the order of steps. To go on, ask again with `after` = the last row's step."""
+    record = await store.get(run)
+    return Metrics(
+        rows=list(await store.rows(record, after=after, limit=limit)),
+        evaluation=await store.newest_evaluation(record),
+    )

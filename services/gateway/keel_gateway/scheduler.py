@@ -1,0 +1,193 @@
+"""Brings runs to trainers: grants leases, and sees to it that every leased run is being worked on.
+
+One loop. Each pass reads the unfinished records, grants what `keel_gateway.leases` plans, and looks
+after each leased run in a task of its own, so that a trainer that hangs delays no other run:
+
+    cancelled wanted                       -> CancelRun
+    not yet started by this gateway,
+    or its trainer was away                -> StartRun (idempotent: a known id resumes)
+    otherwise, every few seconds           -> GetRun, and StartRun if nobody works on it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+
+import grpc
+from redis.exceptions import RedisError
+
+from keel import rpc
+from keel.errors import StateError
+from keel.record import Desired, Phase, RunRecord
+from keel.trainer.v1 import trainer_service_pb2 as pb
+from keel.trainer.v1 import trainer_service_pb2_grpc
+from keel_gateway import transitions
+from keel_gateway.leases import Grant, plan
+from keel_gateway.registry import Registry, describe
+from keel_gateway.store import Store
+
+log = logging.getLogger(__name__)
+
+CALL_DEADLINE_S = 10.0
+"""Of a call to a trainer: it may start a process before it answers."""
+LOOK_EVERY_S = 3.0
+"""Seconds between two looks at a run that is leased."""
+
+
+class Scheduler:
+    """Grants leases and drives trainers until it is stopped."""
+
+    def __init__(self, store: Store, registry: Registry, *, poll_s: float) -> None:
+        self._store, self._registry, self._poll_s = store, registry, poll_s
+        self._wake = asyncio.Event()
+        self._pass = asyncio.Lock()  # two passes at once would grant the same engine twice
+        self._waiting: dict[str, str] = {}
+        self._trouble: dict[str, str] = {}
+        self._started: set[str] = set()
+        self._looks: dict[str, asyncio.Task[None]] = {}
+        self._next_look_s: dict[str, float] = {}
+
+    def reason(self, record: RunRecord) -> str:
+        """Why a run does not go on, for people to read; empty where it does, or has ended."""
+        if record.phase.final:
+            return ""
+        if record.trainer:
+            return self._trouble.get(record.run, "")
+        return self._waiting.get(record.run, "waits for the scheduler's next pass")
+
+    def wake(self, run: str) -> None:
+        """Has the loop look after `run` at once."""
+        self._next_look_s.pop(run, None)
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Loops for ever; an error (Redis away) costs one pass."""
+        try:
+            while True:
+                try:
+                    await self._look_after(await self.grant_leases())
+                except Exception as error:  # the next pass may succeed, and nobody else would try
+                    log.warning("a pass failed: %s: %s", type(error).__name__, error)
+                try:
+                    async with asyncio.timeout(self._poll_s):
+                        await self._wake.wait()
+                except TimeoutError:
+                    pass
+                self._wake.clear()
+        finally:
+            for task in self._looks.values():
+                task.cancel()
+            await asyncio.gather(*self._looks.values(), return_exceptions=True)
+
+    async def grant_leases(self) -> list[RunRecord]:
+        """Gives what is free to the runs that wait; returns every run that holds a lease now."""
+        async with self._pass:
+            records = await self._store.unfinished()
+            planned = plan(records, self._registry.trainers, self._registry.engines)
+            self._waiting = planned.waiting
+            granted = [await self._grant(grant) for grant in planned.grants]
+            return [record for record in (*records, *granted) if record and record.trainer]
+
+    async def _grant(self, grant: Grant) -> RunRecord | None:
+        token = await self._store.next_fencing_token()
+        try:
+            record = await self._store.change(
+                grant.run,
+                partial(
+                    transitions.grant,
+                    trainer=grant.trainer,
+                    engines=grant.engines,
+                    fencing_token=token,
+                ),
+            )
+        except StateError as error:  # cancelled since the pass began
+            log.info("%s", error)
+            return None
+        log.info("%s leased to %s, token %d", (grant.trainer, *grant.engines), grant.run, token)
+        self.wake(grant.run)
+        return record
+
+    async def _look_after(self, records: list[RunRecord]) -> None:
+        leased = {record.run: record for record in records}
+        known = self._next_look_s.keys() | self._trouble.keys() | self._started
+        for run in known - leased.keys():
+            self._forget(run)
+        for run, record in leased.items():
+            trainer = self._registry.trainers.get(record.trainer)
+            if trainer is not None and not trainer.healthy:
+                self._trouble[run] = f"trainer {record.trainer} {trainer.problem}"
+                self._started.discard(run)
+                self._next_look_s[run] = 0.0
+            elif run not in self._looks and time.monotonic() >= self._next_look_s.get(run, 0.0):
+                self._next_look_s[run] = time.monotonic() + LOOK_EVERY_S
+                task = asyncio.create_task(self._look(record))
+                self._looks[run] = task
+                task.add_done_callback(partial(self._looked, run))
+
+    def _looked(self, run: str, task: asyncio.Task[None]) -> None:
+        del self._looks[run]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("looking after %s failed", run, exc_info=error)
+
+    def _forget(self, run: str) -> None:
+        self._next_look_s.pop(run, None)
+        self._trouble.pop(run, None)
+        self._started.discard(run)
+
+    async def _look(self, record: RunRecord) -> None:
+        try:
+            async with rpc.aio_channel(record.trainer) as channel:
+                stub = trainer_service_pb2_grpc.TrainerServiceStub(channel)
+                if record.desired is Desired.CANCELLED:
+                    await self._cancel(record, stub)
+                elif record.run not in self._started or not await self._running(record, stub):
+                    await self._start(record, stub)
+            self._trouble.pop(record.run, None)
+        except grpc.aio.AioRpcError as error:
+            self._started.discard(record.run)
+            self._trouble[record.run] = f"trainer {record.trainer} {describe(error)}"
+            log.warning("%s: %s", record.run, self._trouble[record.run])
+        except (RedisError, StateError) as error:  # the next look sees what is true then
+            log.warning("%s: %s: %s", record.run, type(error).__name__, error)
+
+    async def _running(
+        self, record: RunRecord, stub: trainer_service_pb2_grpc.TrainerServiceStub
+    ) -> bool:
+        answer = await stub.GetRun(pb.GetRunRequest(run=record.run), timeout=CALL_DEADLINE_S)
+        # a child that has just finished has written so before it went
+        return answer.run.running or (await self._store.get(record.run)).phase.final
+
+    async def _start(
+        self, record: RunRecord, stub: trainer_service_pb2_grpc.TrainerServiceStub
+    ) -> None:
+        request = pb.StartRunRequest(run=record.run, fencing_token=record.fencing_token)
+        try:
+            await stub.StartRun(request, timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            if (
+                record.phase is not Phase.QUEUED
+                or error.code() is not grpc.StatusCode.INVALID_ARGUMENT
+            ):
+                raise
+            reason = f"trainer {record.trainer} refuses the run: {error.details()}"
+            await self._store.change(
+                record.run, partial(transitions.refuse, error=reason, now_s=time.time())
+            )
+            self._wake.set()  # what was leased is free
+            return
+        self._started.add(record.run)
+
+    async def _cancel(
+        self, record: RunRecord, stub: trainer_service_pb2_grpc.TrainerServiceStub
+    ) -> None:
+        request = pb.CancelRunRequest(run=record.run, fencing_token=record.fencing_token)
+        try:
+            await stub.CancelRun(request, timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            if record.phase is not Phase.QUEUED or error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
+            await self._store.change(record.run, partial(transitions.abandon, now_s=time.time()))
+        self._wake.set()

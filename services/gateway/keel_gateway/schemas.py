@@ -1,0 +1,161 @@
+"""What the REST interface answers with."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Self
+
+from google.protobuf.json_format import MessageToDict
+from pydantic import BaseModel, ConfigDict
+
+from keel.record import Desired, Phase, RunRecord
+from keel.rollout.v1 import rollout_service_pb2
+from keel.spec import RunSpec
+from keel_gateway.registry import Engine as EngineState
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Job(_Answer):
+    """A run, as its record says."""
+
+    id: str
+    """The spec's name and a random ending."""
+    name: str
+    """The spec's name."""
+    phase: Phase
+    """Where it stands."""
+    desired: Desired
+    """What its user wants of it."""
+    reason: str
+    """Why it does not go on (it waits for an engine, its trainer does not answer); else empty."""
+    spec: RunSpec
+    """What was submitted, defaults filled in."""
+    created_at: datetime
+    """When it was submitted."""
+    started_at: datetime | None
+    """When its trainer took it."""
+    finished_at: datetime | None
+    """When it ended."""
+    step: int
+    """Optimizer steps done, cold start not counted."""
+    steps: int
+    """Optimizer steps in all."""
+    cold_start_step: int
+    """Supervised steps done."""
+    cold_start_steps: int
+    """Supervised steps in all."""
+    policy_version: int | None
+    """Newest version published."""
+    attempt: int
+    """Grows with each deliberate rollback."""
+    trainer: str
+    """Leased trainer; empty before."""
+    engines: list[str]
+    """Leased engines."""
+    artifact: str
+    """Folder of the base model, on the trainer's disk."""
+    model: str
+    """Folder of the final model, on the trainer's disk."""
+    error: str
+    """Why it failed."""
+
+    @classmethod
+    def from_record(cls, record: RunRecord, reason: str) -> Self:
+        """The job of a record."""
+        spec = record.spec
+        return cls(
+            id=record.run,
+            name=spec.name,
+            phase=record.phase,
+            desired=record.desired,
+            reason=reason,
+            spec=spec,
+            created_at=datetime.fromtimestamp(record.created_s, UTC),
+            started_at=_time(record.started_s),
+            finished_at=_time(record.finished_s),
+            step=record.step,
+            steps=spec.recipe.steps,
+            cold_start_step=record.cold_start_step,
+            cold_start_steps=spec.cold_start.steps,
+            policy_version=record.policy_version,
+            attempt=record.attempt,
+            trainer=record.trainer,
+            engines=list(record.engines),
+            artifact=record.artifact,
+            model=record.model,
+            error=record.error or record.collector_error,
+        )
+
+
+class JobList(_Answer):
+    """Jobs, the last submitted first."""
+
+    jobs: list[Job]
+    """At most `limit`."""
+
+
+class Metrics(_Answer):
+    """Metric rows of a job; docs/metrics.md has the columns."""
+
+    rows: list[dict[str, float | int | None]]
+    """One a step, ascending; null where a value was not finite. Step 0 has only an evaluation."""
+    evaluation: dict[str, float | int | None] | None
+    """The newest evaluation, whatever `after` is: it arrives later than the row of its step."""
+
+
+class Engine(_Answer):
+    """A rollout engine, as last seen."""
+
+    address: str
+    """Its gRPC address."""
+    healthy: bool
+    """It answers and is SERVING."""
+    problem: str
+    """Why it is not healthy; else empty."""
+    kind: str | None
+    """"torch", "vllm", ...; null before its first answer, like the next two."""
+    state: str | None
+    """EMPTY, LOADED, READY, PAUSED or STALE."""
+    capabilities: dict[str, Any] | None
+    """keel.rollout.v1.GetCapabilitiesResponse in protobuf's JSON."""
+    last_seen_at: datetime | None
+    """When it last answered."""
+    run: str | None
+    """Job that it is leased to."""
+
+    @classmethod
+    def from_state(cls, engine: EngineState, run: str | None) -> Self:
+        """The engine as the registry has it."""
+        said = engine.capabilities
+        states = rollout_service_pb2.EngineState
+        return cls(
+            address=engine.address,
+            healthy=engine.healthy,
+            problem=engine.problem,
+            kind=said.can.kind if said else None,
+            state=states.Name(said.state).removeprefix("ENGINE_STATE_") if said else None,
+            capabilities=MessageToDict(said, preserving_proto_field_name=True) if said else None,
+            last_seen_at=_time(engine.last_seen_s),
+            run=run,
+        )
+
+
+class EngineList(_Answer):
+    """Every engine that the gateway was told of."""
+
+    engines: list[Engine]
+    """In the order of KEEL_ENGINES."""
+
+
+class Health(_Answer):
+    """The gateway is well."""
+
+    status: str = "ok"
+    """Always "ok"; what is not, is a problem."""
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -1,0 +1,171 @@
+"""Runs and their metrics in Redis: the gateway's only memory.
+
+Every change of a record is a pure function (`keel_gateway.transitions`) applied in an optimistic
+transaction, so that a change never builds on a record that somebody else has meanwhile written.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import WatchError
+
+from keel.errors import NotFound, WireError
+from keel.metrics import Row, evaluation_field, fields_after, merge_rows
+from keel.queue import FENCING_KEY, RUNS_KEY, metrics_key, run_key
+from keel.record import RunRecord, pack_fields
+from keel.spec import RunSpec
+
+log = logging.getLogger(__name__)
+
+SUFFIX_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
+"""Of run ids: no characters that are mistaken for each other."""
+GATEWAY_FIELDS = ("desired", "trainer", "engines", "fencing_token", "phase", "finished_s", "error")
+"""Fields of a record that a transition may change."""
+STEPS_PER_READ = 256
+
+
+def connect(url: str) -> Redis:
+    """A client that gives up within seconds, so that an outage becomes an answer and not a wait."""
+    return Redis.from_url(
+        url,
+        socket_timeout=5,
+        socket_connect_timeout=2,
+        retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 2),
+    )
+
+
+class Store:
+    """Reads and changes run records. Redis errors pass through: callers answer 503 or retry."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._ended: set[str] = set()  # a phase that is final stays so: these need no more reading
+
+    async def ping(self) -> None:
+        """Returns if Redis answers."""
+        await self._redis.ping()
+
+    async def create(self, spec: RunSpec) -> RunRecord:
+        """Writes the record of a new run, QUEUED, under an id that no other run has."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            while True:
+                suffix = "".join(secrets.choice(SUFFIX_ALPHABET) for _ in range(6))
+                record = RunRecord(f"{spec.name}-{suffix}", spec, created_s=time.time())
+                try:
+                    await pipe.watch(run_key(record.run))
+                    if await pipe.exists(run_key(record.run)):
+                        continue
+                    pipe.multi()
+                    pipe.hset(run_key(record.run), mapping=cast(Any, record.to_hash()))
+                    pipe.zadd(RUNS_KEY, {record.run: record.created_s})
+                    await pipe.execute()
+                except WatchError:
+                    continue
+                return record
+
+    async def get(self, run: str) -> RunRecord:
+        """The record of `run`, or NotFound."""
+        return _record(run, await _hgetall(self._redis, run))
+
+    async def newest(self, limit: int) -> list[RunRecord]:
+        """At most `limit` records, the last submitted first; unreadable ones are left out."""
+        return await self._readable(await self._runs(0, limit - 1, desc=True))
+
+    async def unfinished(self) -> list[RunRecord]:
+        """Every run that has not ended, in the order of submission."""
+        runs = await self._runs(0, -1)
+        records = await self._readable([run for run in runs if run not in self._ended])
+        self._ended.update(record.run for record in records if record.phase.final)
+        return [record for record in records if not record.phase.final]
+
+    async def next_fencing_token(self) -> int:
+        """A token greater than any given before."""
+        return int(await self._redis.incr(FENCING_KEY))
+
+    async def change(self, run: str, transition: Callable[[RunRecord], RunRecord]) -> RunRecord:
+        """Applies a transition to the record as it is now, and returns what it became.
+
+        The transition may run more than once. Errors: NotFound, and what the transition raises.
+        """
+        async with self._redis.pipeline(transaction=True) as pipe:
+            while True:
+                await pipe.watch(run_key(run))
+                before = _record(run, await _hgetall(pipe, run))
+                after = transition(before)
+                changed = {
+                    name: getattr(after, name)
+                    for name in GATEWAY_FIELDS
+                    if getattr(after, name) != getattr(before, name)
+                }
+                if not changed:
+                    return after
+                pipe.multi()
+                pipe.hset(run_key(run), mapping=cast(Any, pack_fields(**changed)))
+                try:
+                    await pipe.execute()
+                except WatchError:
+                    continue
+                return after
+
+    async def rows(self, record: RunRecord, *, after: int, limit: int) -> list[Row]:
+        """Metric rows of steps in (after, record.step], ascending, at most `limit`."""
+        rows: list[Row] = []
+        while len(rows) < limit and after < record.step:
+            last = min(after + STEPS_PER_READ, record.step)
+            rows += await self._read_rows(record.run, fields_after(after, last, record.attempt))
+            after = last
+        return rows[:limit]
+
+    async def newest_evaluation(self, record: RunRecord) -> Row | None:
+        """The last evaluation that has arrived.
+
+        It comes after the row of its step: a reader who goes forward by step alone would miss it.
+        """
+        # the next lap waits for the evaluation before it: one of the last two has arrived
+        due = [step for step in record.spec.evaluated_steps() if step <= record.step][-2:]
+        fields = [
+            evaluation_field(attempt, step) for step in due for attempt in range(record.attempt + 1)
+        ]
+        rows = await self._read_rows(record.run, fields) if fields else []
+        return rows[-1] if rows else None
+
+    async def _read_rows(self, run: str, fields: list[str]) -> list[Row]:
+        values = await cast(
+            Awaitable[list[bytes | None]], self._redis.hmget(metrics_key(run), fields)
+        )
+        return list(merge_rows(values))
+
+    async def _runs(self, begin: int, end: int, *, desc: bool = False) -> list[str]:
+        names = await self._redis.zrange(RUNS_KEY, begin, end, desc=desc)
+        return [name.decode() for name in cast(list[bytes], names)]
+
+    async def _readable(self, runs: list[str]) -> list[RunRecord]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for run in runs:
+                pipe.hgetall(run_key(run))
+            hashes = await pipe.execute() if runs else []
+        records = []
+        for run, raw in zip(runs, hashes, strict=True):
+            try:
+                records.append(_record(run, raw))
+            except (WireError, NotFound) as error:
+                log.warning("left out: %s", error)
+        return records
+
+
+async def _hgetall(redis: Any, run: str) -> dict[bytes, bytes]:
+    return await redis.hgetall(run_key(run))
+
+
+def _record(run: str, raw: dict[bytes, bytes]) -> RunRecord:
+    if not raw:
+        raise NotFound(f"no run {run!r}; GET /v1/jobs lists them")
+    return RunRecord.from_hash(run, raw)
