@@ -101,6 +101,10 @@ class Backend(Protocol):
         """
         ...
 
+    def reset_optimizer(self) -> None:
+        """Forgets the optimizer's moments and step count: between cold start and recipe."""
+        ...
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of a Hugging Face checkpoint, in the model's dtype, as on disk.
 

@@ -43,7 +43,7 @@ class TorchBackend:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         device: str = "cpu",
         betas: tuple[float, float] = (0.9, 0.99),
@@ -53,13 +53,13 @@ class TorchBackend:
         gradient_checkpointing: bool = False,
     ) -> None:
         self.device = torch.device(device)
-        self.model: Any = model.to(self.device)
+        self.model = model.to(self.device)
         # dropout would make pi_old and pi_theta differ at equal weights; checkpointing asks for
         # train mode, so it is switched off module by module
         for module in self.model.modules():
-            for attribute in ("p", "attention_dropout"):
-                if isinstance(getattr(module, attribute, None), float):
-                    setattr(module, attribute, 0.0)
+            attribute = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+            if hasattr(module, attribute):
+                setattr(module, attribute, 0.0)
         self.model.train(gradient_checkpointing)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -146,6 +146,10 @@ class TorchBackend:
         """See `Backend.step`."""
         return self._optimizer.step(learning_rate)
 
+    def reset_optimizer(self) -> None:
+        """See `Backend.reset_optimizer`."""
+        self._optimizer.reset()
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Backend.weights`. A tied weight comes once, under the name that is saved."""
         unique = {name for name, _ in self.model.named_parameters()}
@@ -211,7 +215,7 @@ class TorchBackend:
 
 def _model_info(model: Any, seam: RouterSeam) -> ModelInfo:
     text_config = model.config.get_text_config()
-    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    routers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
     return ModelInfo(
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

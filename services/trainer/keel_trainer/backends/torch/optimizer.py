@@ -72,6 +72,10 @@ class MasterAdamW:
         self._adamw.zero_grad(set_to_none=True)
         return norm.item()
 
+    def reset(self) -> None:
+        """Forgets moments and step count, as before the first step; the weights stay."""
+        self._adamw.state.clear()
+
     def state_dict(self) -> dict[str, Tensor]:
         """`master/NAME`, and from the first step on `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`.
 

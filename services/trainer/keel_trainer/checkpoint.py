@@ -1,0 +1,100 @@
+"""Checkpoints: a folder each, written whole or not at all.
+
+    step-00000120/state.safetensors   float32 masters, optimizer moments, step count, RNG
+    step-00000120/progress.json       where the run stands, and the hash of the other file
+
+A folder is written under a temporary name, synced, and renamed. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from keel.codec import xxh3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands at a checkpoint."""
+
+    attempt: int
+    cold_start_step: int
+    """Supervised steps done."""
+    step: int
+    """Optimizer steps of the recipe done; a multiple of N."""
+    first_gap: float | None = None
+    """Probe gap at first load, nats."""
+    consumed: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By stream: (lap, slot) that this checkpoint covers and that were not acknowledged yet."""
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+
+    def save(self, progress: Progress, state: dict[str, torch.Tensor]) -> Path:
+        """Returns once the checkpoint is on disk; older ones beyond `keep` are removed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        final = self._folder / _name(progress)
+        temporary = self._folder / f".{final.name}"
+        for leftover in (temporary, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+        save_file(state, temporary / "state.safetensors")
+        content = asdict(progress) | {"xxh3": f"{_hash(temporary / 'state.safetensors'):016x}"}
+        (temporary / "progress.json").write_text(json.dumps(content), encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        temporary.rename(final)
+        _sync(self._folder)
+        for old in self._all()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def load_latest(self) -> tuple[Progress, dict[str, torch.Tensor]] | None:
+        """The newest checkpoint that is whole, or None."""
+        for folder in reversed(self._all()):
+            try:
+                content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+                digest = content.pop("xxh3")
+                if f"{_hash(folder / 'state.safetensors'):016x}" != digest:
+                    raise ValueError("state.safetensors differs from its hash")
+                state = load_file(folder / "state.safetensors")
+                return Progress(**content), state
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("%s cannot be used, taking the one before: %s", folder, error)
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+
+def _name(progress: Progress) -> str:
+    # cold-start checkpoints sort before step 1
+    if progress.step == 0:
+        return f"step-{0:08d}-cold-{progress.cold_start_step:08d}"
+    return f"step-{progress.step:08d}"
+
+
+def _hash(path: Path) -> int:
+    return xxh3(path.read_bytes())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,299 @@
+"""The loop: cold start, then laps of collect, score, update, publish, checkpoint, acknowledge.
+
+    groups --> mini-batch i: [advantages] -> [scoring pass: pi_old, e^pi_old]     i = 0 .. N-1
+                                                  |
+    weights <-- publish v+1 <-- [N steps of MiniRL, routes as the replay plan says]
+
+Scoring happens in slot order while later groups are still being generated. The weights stay those
+of version v until the last group of the lap is scored.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from keel.errors import KeelError
+from keel.queue import demos_key, groups_key
+from keel.record import Desired, Phase, RunRecord
+from keel.spec import RunSpec
+from keel_trainer import steps
+from keel_trainer.algo.replay import ReplayPlan, replay_plan
+from keel_trainer.artifact import prepare_artifact, save_model
+from keel_trainer.backends.base import Backend
+from keel_trainer.backends.torch import TorchBackend
+from keel_trainer.checkpoint import Checkpoints, Progress
+from keel_trainer.consumer import SlotReader
+from keel_trainer.publish import Publisher, Version, probe_tokens
+from keel_trainer.sequences import RouteShape, decode_demonstration
+from keel_trainer.store import RunStore
+
+log = logging.getLogger(__name__)
+
+COLD_START_CHECKPOINT_EVERY = 128
+"""Supervised steps between checkpoints: they free the collector, at most 256 entries ahead."""
+
+_PAUSE_POLL_S = 0.5
+_ENGINE_CHECK_S = 2.0
+
+
+class CancelledError(Exception):
+    """Its user has cancelled the run."""
+
+
+class CapabilityError(KeelError):
+    """The leased engines cannot do what the recipe needs."""
+
+
+class CollectorError(KeelError):
+    """The collector cannot go on; the message is the collector's."""
+
+
+@dataclass(slots=True)
+class TrainingRun:
+    """One run in training."""
+
+    record: RunRecord
+    store: RunStore
+    folder: Path
+    artifact: Path
+    backend: Backend
+    publisher: Publisher
+    checkpoints: Checkpoints
+    demos: SlotReader
+    groups: SlotReader
+    plan: ReplayPlan
+    device: str
+    cold_start_step: int
+    """Supervised steps done."""
+    step: int
+    """Optimizer steps of the recipe done."""
+    route_shape: RouteShape | None = None
+    """Shape of the routes that rollouts bring; None: dense model, or an engine without routes."""
+    proved: int | None = None
+    """Version that the engines were last seen to serve."""
+    engines_checked_s: float = 0.0
+
+    @classmethod
+    def open(cls, store: RunStore, folder: Path, *, device: str) -> TrainingRun:
+        """The run as its newest checkpoint left it, or at its beginning."""
+        record = store.read()
+        spec, recipe = record.spec, record.spec.recipe
+        store.write(phase=Phase.PREPARING, error="", started_s=record.started_s or time.time())
+        artifact = prepare_artifact(spec, folder / "base")
+        backend = TorchBackend.from_pretrained(
+            artifact,
+            dtype=spec.model.dtype,
+            device=device,
+            betas=recipe.adam_betas,
+            eps=recipe.adam_eps,
+            weight_decay=recipe.weight_decay,
+            grad_clip=recipe.grad_clip,
+        )
+        plan = replay_plan(
+            recipe.replay, off_policiness=recipe.off_policiness, moe=backend.info.is_moe
+        )
+        checkpoints = Checkpoints(folder / "checkpoints", spec.checkpoint.keep)
+        progress = Progress(attempt=record.attempt, cold_start_step=0, step=0)
+        if latest := checkpoints.load_latest():
+            progress, state = latest
+            backend.load_state_dict(state)
+            log.info("resuming after step %d", progress.step)
+        reader = {
+            key: SlotReader(
+                store.redis, key, run=record.run, attempt=progress.attempt, first_lap=first_lap
+            )
+            for key, first_lap in (
+                (demos_key(record.run), progress.cold_start_step),
+                (groups_key(record.run), progress.step // recipe.off_policiness),
+            )
+        }
+        probe = probe_tokens(backend.info.vocab_size)
+        store.write(artifact=artifact)
+        return cls(
+            record=record,
+            store=store,
+            folder=folder,
+            artifact=artifact,
+            backend=backend,
+            publisher=Publisher(record, artifact, probe, progress.first_gap),
+            checkpoints=checkpoints,
+            demos=reader[demos_key(record.run)],
+            groups=reader[groups_key(record.run)],
+            plan=plan,
+            device=device,
+            cold_start_step=progress.cold_start_step,
+            step=progress.step,
+        )
+
+    @property
+    def spec(self) -> RunSpec:
+        """The run's spec."""
+        return self.record.spec
+
+    @property
+    def version(self) -> int:
+        """Policy version of the weights, at a lap boundary."""
+        return self.step // self.spec.recipe.off_policiness
+
+    def train(self) -> None:
+        """Trains to the end, or raises: CancelledError, or what went wrong."""
+        self._cold_start()
+        self._publish()
+        if self.publisher.routes_available():
+            self.route_shape = self.backend.info.route_shape
+        elif self.plan.needs_engine_routes:
+            raise CapabilityError("recipe.replay is R3, and the leased engine reports no routes")
+        self.store.write(phase=Phase.TRAINING)
+        while self.step < self.spec.recipe.steps:
+            self._wait_while_paused()
+            self._lap()
+        self.store.write(phase=Phase.FINISHING)
+        while not self._evaluated():
+            self._check()
+            time.sleep(_PAUSE_POLL_S)
+        model = save_model(self.backend, self.artifact, self.folder / "model")
+        self.store.write(model=model)
+        self.publisher.close()
+
+    def _lap(self) -> None:
+        """N optimizer steps on one lap of groups; one new version."""
+        recipe = self.spec.recipe
+        lap, waited_before = self.version, self.groups.waited_s
+        minibatches = [self._collect(lap, i) for i in range(recipe.off_policiness)]
+        # one engine computes a lap's cohorts one after another: the slowest group spans the lap
+        generate_s = max(minibatch.generate_s for minibatch in minibatches)
+        rows = []
+        for minibatch in minibatches:
+            row = steps.update(self.backend, minibatch, self.plan, recipe, step=self.step)
+            self.step += 1
+            row |= {
+                "step": self.step,
+                "lap": lap,
+                "policy_version": lap,
+                "time/generate_s": generate_s / recipe.off_policiness,
+                "time/wait_s": (self.groups.waited_s - waited_before) / recipe.off_policiness,
+            }
+            rows.append(row)
+            self.store.write_row(self.record.attempt, self.step, row)
+            self.store.write(step=self.step)
+        began = time.perf_counter()
+        self._publish()
+        publish_s = time.perf_counter() - began
+        for step, row in enumerate(rows, start=self.step - len(rows) + 1):
+            row["time/publish_s"] = publish_s / recipe.off_policiness
+            self.store.write_row(self.record.attempt, step, row)
+        every = self.spec.checkpoint.every
+        if self.step == recipe.steps or (every and self.step % every == 0):
+            self._checkpoint()
+
+    def _collect(self, lap: int, index: int) -> steps.MiniBatch:
+        """Mini-batch `index` of a lap, scored under theta_old."""
+        size = self.spec.recipe.groups_per_minibatch
+        minibatch = steps.MiniBatch.assemble(
+            [
+                self.groups.take(lap, slot, self._check)
+                for slot in range(index * size, (index + 1) * size)
+            ],
+            self.spec,
+            vocab_size=self.backend.info.vocab_size,
+            routes=self.route_shape,
+            trainer_version=lap,
+            device=self.device,
+        )
+        steps.score(self.backend, minibatch, self.plan)
+        return minibatch
+
+    def _cold_start(self) -> None:
+        """Supervised steps on the collector's demonstrations; natural routes, as in any SFT."""
+        cold = self.spec.cold_start
+        if self.cold_start_step >= cold.steps:
+            return
+        self.store.write(phase=Phase.COLD_START)
+        while self.cold_start_step < cold.steps:
+            envelope = self.demos.take(self.cold_start_step, 0, self._check)
+            steps.imitate(
+                self.backend,
+                [
+                    decode_demonstration(demo, vocab_size=self.backend.info.vocab_size)
+                    for demo in envelope.demonstrations.demonstrations
+                ],
+                rate=cold.learning_rate,
+                budget_tokens=self.spec.trainer.micro_batch_tokens,
+                device=self.device,
+            )
+            self.cold_start_step += 1
+            done = self.cold_start_step == cold.steps
+            if done:
+                self.backend.reset_optimizer()
+            if done or self.cold_start_step % COLD_START_CHECKPOINT_EVERY == 0:
+                self._checkpoint()
+            self.store.write(cold_start_step=self.cold_start_step)
+
+    def _publish(self) -> None:
+        """Makes every engine serve the weights as they are, as version `self.version`.
+
+        A version that the run had already reached before a crash is made again and not sent: it
+        has the same bits, or the run ends here.
+        """
+        version = self._build_version()
+        self.store.record_version(version.number, version.manifest.fingerprint)
+        reached = self.store.read().policy_version
+        if reached is not None and version.number < reached:
+            return
+        self.publisher.publish(version, self._check_record)
+        self.proved = version.number
+        self.store.write(policy_version=version.number)
+
+    def _build_version(self) -> Version:
+        probe = probe_tokens(self.backend.info.vocab_size)
+        return Version.build(
+            self.version, self.backend.weights(), self.backend.probe_logprobs(probe.tolist())
+        )
+
+    def _checkpoint(self) -> None:
+        """Writes a checkpoint, then acknowledges what it covers."""
+        readers = {"demos": self.demos, "groups": self.groups}
+        self.checkpoints.save(
+            Progress(
+                attempt=self.record.attempt,
+                cold_start_step=self.cold_start_step,
+                step=self.step,
+                first_gap=self.publisher.first_gap,
+                consumed={name: reader.taken() for name, reader in readers.items()},
+            ),
+            self.backend.state_dict(),
+        )
+        for reader in readers.values():
+            reader.acknowledge()
+
+    def _check(self) -> None:
+        """While waiting: ends the run if it is to end, and repairs engines that lost their weights.
+
+        Called only while the weights are those of `self.version`.
+        """
+        self._check_record()
+        now = time.monotonic()
+        if self.proved == self.version and now - self.engines_checked_s > _ENGINE_CHECK_S:
+            self.engines_checked_s = now
+            if behind := self.publisher.behind(self.version):
+                log.warning("%s lost version %d, publishing it again", behind, self.version)
+                self.publisher.publish(self._build_version(), self._check_record)
+
+    def _check_record(self) -> RunRecord:
+        record = self.store.read()
+        if record.desired == Desired.CANCELLED:
+            raise CancelledError
+        if record.collector_error:
+            raise CollectorError(record.collector_error)
+        return record
+
+    def _wait_while_paused(self) -> None:
+        while self._check_record().desired == Desired.PAUSED:
+            time.sleep(_PAUSE_POLL_S)
+
+    def _evaluated(self) -> bool:
+        due = self.spec.evaluated_steps()
+        return not due or self.store.evaluated(self.record.attempt, due[-1])

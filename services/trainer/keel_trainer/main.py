@@ -1,0 +1,88 @@
+"""`keel-trainer`: the trainer service."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+
+from keel.rpc import serve
+from keel.trainer.v1 import trainer_service_pb2_grpc
+from keel_trainer.servicer import ChildOptions, TrainerServicer
+
+log = logging.getLogger(__name__)
+
+_DESCRIPTION = """Trains runs on request (gRPC, keel.trainer.v1.TrainerService), one child process
+a run. The gateway starts runs; their records, data and metrics are in Redis, their checkpoints
+under --runs."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    env = os.environ.get
+    parser = argparse.ArgumentParser(
+        prog="keel-trainer",
+        description=_DESCRIPTION,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--listen",
+        default=env("KEEL_TRAINER_LISTEN", "127.0.0.1:50061"),
+        help="host:port to serve on; port 0 takes a free one (KEEL_TRAINER_LISTEN)",
+    )
+    parser.add_argument(
+        "--redis",
+        default=env("KEEL_REDIS_URL", "redis://127.0.0.1:6379/0"),
+        help="redis:// or unix:// URL (KEEL_REDIS_URL)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path(env("KEEL_RUNS_DIR", "runs")),
+        help="folder for artifacts, checkpoints and models (KEEL_RUNS_DIR)",
+    )
+    parser.add_argument(
+        "--device", default=env("KEEL_DEVICE", "cpu"), help="cpu or cuda (KEEL_DEVICE)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=int(env("KEEL_TORCH_THREADS", "1")),
+        help="torch threads; they enter the rounding, so keep them fixed (KEEL_TORCH_THREADS)",
+    )
+    return parser
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    options = ChildOptions(args.redis, args.runs.resolve(), args.device, args.threads)
+    servicer = TrainerServicer(options)
+    server, port = await serve(
+        args.listen,
+        ["keel.trainer.v1.TrainerService"],
+        lambda server: trainer_service_pb2_grpc.add_TrainerServiceServicer_to_server(
+            servicer, server
+        ),
+    )
+    log.info("listening on %s, port %d", args.listen, port)
+    stop = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    await stop.wait()
+    log.info("stopping")
+    await server.stop(grace=1.0)
+    await servicer.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(_serve(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The child process of one run: `python -m keel_trainer.run`. Leaves the phase in the record."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from keel.errors import FencedError, KeelError
+from keel.record import Phase
+from keel_trainer.loop import CancelledError, TrainingRun
+from keel_trainer.store import RunStore, connect
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0: the record holds a final phase. Otherwise it is to be started again."""
+    parser = argparse.ArgumentParser(prog="keel_trainer.run", description=__doc__)
+    parser.add_argument("--run", required=True, help="run id; its record must exist")
+    parser.add_argument("--redis", required=True, help="redis:// or unix:// URL")
+    parser.add_argument("--runs", required=True, type=Path, help="folder of all runs")
+    parser.add_argument("--fencing-token", required=True, type=int, help="token of the lease")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", default=1, type=int, help="torch threads; enters the rounding")
+    args = parser.parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s %(levelname)s {args.run} %(name)s: %(message)s"
+    )
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True, warn_only=args.device != "cpu")
+    store = RunStore(connect(args.redis), args.run, args.fencing_token)
+    try:
+        TrainingRun.open(store, args.runs / args.run, device=args.device).train()
+        store.write(phase=Phase.SUCCEEDED, finished_s=time.time())
+    except CancelledError:
+        log.info("cancelled")
+        store.write(phase=Phase.CANCELLED, finished_s=time.time())
+    except FencedError as error:
+        log.warning("%s", error)
+    except Exception as error:
+        # whatever it was, its user must read it in the record
+        log.exception("run failed")
+        text = str(error) if isinstance(error, KeelError) else f"{type(error).__name__}: {error}"
+        store.write(phase=Phase.FAILED, error=text, finished_s=time.time())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""TrainerService: wakes and watches one child process a run. Loads no torch.
+
+StartRun --> child (keel_trainer.run) --> writes the run record
+               | killed from outside: started again, resumes from its checkpoint
+               | ended: the record holds the final phase
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from keel.errors import FencedError, InvalidField, StateError
+from keel.record import Desired, Phase, RunRecord
+from keel.trainer.v1 import trainer_service_pb2 as pb
+from keel.trainer.v1 import trainer_service_pb2_grpc as pb_grpc
+from keel_trainer.store import RunStore, connect
+
+log = logging.getLogger(__name__)
+
+_WATCH_INTERVAL_S = 0.5
+_RESTART_DELAY_S = 1.0
+_MAX_RESTARTS = 20
+_STOP_GRACE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChildOptions:
+    """What every child is started with."""
+
+    redis_url: str
+    runs: Path
+    device: str
+    threads: int
+
+    def argv(self, run: str, fencing_token: int) -> list[str]:
+        """The child's command line."""
+        return [
+            *(sys.executable, "-m", "keel_trainer.run", "--run", run),
+            *("--redis", self.redis_url, "--runs", str(self.runs)),
+            *("--fencing-token", str(fencing_token)),
+            *("--device", self.device, "--threads", str(self.threads)),
+        ]
+
+
+class TrainerServicer(pb_grpc.TrainerServiceServicer):
+    """One trainer: any number of runs, one child each."""
+
+    def __init__(self, options: ChildOptions) -> None:
+        self._options = options
+        self._redis = connect(options.redis_url)
+        self._children: dict[str, asyncio.Task[None]] = {}
+
+    async def StartRun(
+        self, request: pb.StartRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.StartRunResponse:
+        record = await self._record(request.run, request.fencing_token)
+        if record.phase.final:
+            raise StateError(f"run {record.run!r} is over: {record.phase}")
+        if not self._running(record.run):
+            self._children[record.run] = asyncio.create_task(
+                self._supervise(record.run, request.fencing_token)
+            )
+        return pb.StartRunResponse(run=self._view(record))
+
+    async def PauseRun(
+        self, request: pb.PauseRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.PauseRunResponse:
+        return pb.PauseRunResponse(run=await self._desire(request, Desired.PAUSED))
+
+    async def ResumeRun(
+        self, request: pb.ResumeRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ResumeRunResponse:
+        return pb.ResumeRunResponse(run=await self._desire(request, Desired.RUNNING))
+
+    async def CancelRun(
+        self, request: pb.CancelRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CancelRunResponse:
+        view = await self._desire(request, Desired.CANCELLED)
+        if not view.running and not Phase(pb.RunPhase.Name(view.phase)[10:]).final:
+            store = self._store(request.run, request.fencing_token)
+            await asyncio.to_thread(store.write, phase=Phase.CANCELLED, finished_s=time.time())
+            view.phase = pb.RUN_PHASE_CANCELLED
+        return pb.CancelRunResponse(run=view)
+
+    async def GetRun(
+        self, request: pb.GetRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=self._view(await self._record(request.run)))
+
+    async def WatchRun(
+        self, request: pb.WatchRunRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.WatchRunResponse]:
+        last = None
+        while True:
+            record = await self._record(request.run)
+            view = self._view(record)
+            if view != last:
+                yield pb.WatchRunResponse(run=view)
+                last = view
+            if record.phase.final:
+                return
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    async def close(self) -> None:
+        """Stops every child; their runs resume when the trainer is back."""
+        for task in self._children.values():
+            task.cancel()
+        await asyncio.gather(*self._children.values(), return_exceptions=True)
+
+    async def _supervise(self, run: str, fencing_token: int) -> None:
+        for restart in range(_MAX_RESTARTS + 1):
+            if restart:
+                await asyncio.sleep(_RESTART_DELAY_S)
+            child = await asyncio.create_subprocess_exec(*self._options.argv(run, fencing_token))
+            log.info("run %s: child %d started", run, child.pid)
+            try:
+                status = await child.wait()
+            finally:
+                await _stop(child)
+            if status == 0:
+                return
+            log.warning("run %s: child %d ended with status %d", run, child.pid, status)
+        store = self._store(run, fencing_token)
+        error = f"its training process died {_MAX_RESTARTS + 1} times, last with status {status}"
+        await asyncio.to_thread(
+            store.write, phase=Phase.FAILED, error=error, finished_s=time.time()
+        )
+
+    async def _desire(
+        self,
+        request: pb.PauseRunRequest | pb.ResumeRunRequest | pb.CancelRunRequest,
+        desired: Desired,
+    ) -> pb.Run:
+        record = await self._record(request.run, request.fencing_token)
+        if not record.phase.final:
+            store = self._store(request.run, request.fencing_token)
+            await asyncio.to_thread(store.write, desired=desired)
+        return self._view(record)
+
+    async def _record(self, run: str, fencing_token: int | None = None) -> RunRecord:
+        if not run:
+            raise InvalidField("run", run, "a run id")
+        record = await asyncio.to_thread(self._store(run, 2**63).read)
+        if fencing_token is not None and fencing_token < record.fencing_token:
+            raise FencedError(
+                f"fencing_token: {fencing_token} is over; run {run!r} has {record.fencing_token}"
+            )
+        return record
+
+    def _store(self, run: str, fencing_token: int) -> RunStore:
+        return RunStore(self._redis, run, fencing_token)
+
+    def _running(self, run: str) -> bool:
+        task = self._children.get(run)
+        return task is not None and not task.done()
+
+    def _view(self, record: RunRecord) -> pb.Run:
+        return pb.Run(
+            run=record.run,
+            phase=f"RUN_PHASE_{record.phase}",
+            step=record.step,
+            policy_version=record.policy_version,
+            error=record.error,
+            running=self._running(record.run),
+        )
+
+
+async def _stop(child: asyncio.subprocess.Process) -> None:
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            child.terminate()
+            try:
+                await asyncio.wait_for(child.wait(), _STOP_GRACE_S)
+            except TimeoutError:
+                child.kill()
+                await child.wait()

@@ -1,0 +1,254 @@
+"""One mini-batch: assembled from envelopes, scored under theta_old, trained on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from keel.errors import WireError
+from keel.spec import RecipeSpec, RunSpec
+from keel.types.v1 import sequence_pb2
+from keel_trainer import diagnostics
+from keel_trainer.algo.advantage import group_advantages
+from keel_trainer.algo.objective import loss_denominator, minirl_loss, sft_loss
+from keel_trainer.algo.replay import ReplayPlan
+from keel_trainer.backends.base import Backend, ScoreOutput
+from keel_trainer.batch import MicroBatch, collate, cut_micro_batches
+from keel_trainer.sequences import RouteShape, TrainSequence, decode_sequence
+
+Row = dict[str, float | int | None]
+
+
+@dataclass(slots=True)
+class MiniBatch:
+    """B groups, cut into micro-batches that scoring and update share."""
+
+    micros: list[MicroBatch]
+    """Valid sequences only, in slot order."""
+    denominator: float
+    temperature: float
+    row: Row
+    """Columns of the metric row that the data alone decides."""
+    generate_s: float
+    """Slowest group's seconds of generation."""
+    scores: list[ScoreOutput] = field(default_factory=list)
+    """By micro-batch; empty at N = 1, where pi_old = sg[pi_theta]."""
+    score_s: float = 0.0
+
+    @classmethod
+    def assemble(
+        cls,
+        envelopes: Sequence[sequence_pb2.Envelope],
+        spec: RunSpec,
+        *,
+        vocab_size: int,
+        routes: RouteShape | None,
+        trainer_version: int,
+        device: str,
+    ) -> MiniBatch:
+        """Decodes and cuts the groups of one mini-batch, given in slot order.
+
+        Args:
+            routes: shape of the routes that every sequence must bring; None to ignore them.
+            trainer_version: version of the weights that will be updated first.
+
+        Raises:
+            WireError: an envelope is malformed.
+        """
+        began = time.perf_counter()
+        groups = [_decode_group(envelope, vocab_size, routes) for envelope in envelopes]
+        everything = [sequence for group in groups for sequence in group]
+        rewards_N = torch.tensor([s.reward if s.valid else 0.0 for s in everything])
+        groups_N = torch.tensor(
+            [g for g, group in enumerate(groups) for _ in group], dtype=torch.long
+        )
+        valid_N = torch.tensor([s.valid for s in everything], dtype=torch.bool)
+        recipe = spec.recipe
+        advantages_N = group_advantages(rewards_N, groups_N, valid_N, std_norm=recipe.std_norm)
+        kept = [i for i, sequence in enumerate(everything) if sequence.valid]
+        sequences = [everything[i] for i in kept]
+        micros = [
+            collate(
+                sequences[cut.start : cut.stop],
+                advantages_N[kept[cut.start : cut.stop]],
+                device=device,
+            )
+            for cut in cut_micro_batches(
+                [s.fed_length for s in sequences], spec.trainer.micro_batch_tokens
+            )
+        ]
+        row = _data_row(groups, everything, sequences, trainer_version)
+        return cls(
+            micros=micros,
+            denominator=loss_denominator(
+                groups=recipe.groups_per_minibatch,
+                group_size=spec.rollout.group_size,
+                max_tokens=spec.rollout.max_tokens,
+                length_norm=recipe.length_norm,
+            ),
+            temperature=spec.rollout.temperature,
+            row=row,
+            generate_s=max((e.group.generate_s for e in envelopes), default=0.0),
+            score_s=time.perf_counter() - began,
+        )
+
+
+def score(backend: Backend, minibatch: MiniBatch, plan: ReplayPlan) -> None:
+    """The scoring pass: pi_old of every token and, for R2, e^pi_old. Nothing at N = 1."""
+    if plan.scoring is None:
+        return
+    began = time.perf_counter()
+    for micro in minibatch.micros:
+        routes = plan.select(plan.scoring, recorded=None, engine=micro.engine_routes_NTLK)
+        minibatch.scores.append(
+            backend.score(micro, temperature=minibatch.temperature, routes_NTLK=routes)
+        )
+    minibatch.score_s += time.perf_counter() - began
+
+
+def update(
+    backend: Backend, minibatch: MiniBatch, plan: ReplayPlan, recipe: RecipeSpec, *, step: int
+) -> Row:
+    """One optimizer step of MiniRL, eq (7), under the plan's routes; returns its metric columns.
+
+    A mini-batch without a valid token leaves weights and optimizer untouched.
+
+    Args:
+        step: optimizer steps done before, for the learning rate.
+    """
+    began = time.perf_counter()
+    stats = []
+    for index, micro in enumerate(minibatch.micros):
+        scored = minibatch.scores[index] if minibatch.scores else None
+        routes = plan.select(
+            plan.update,
+            recorded=scored.natural_NTLK if scored else None,
+            engine=micro.engine_routes_NTLK,
+        )
+
+        def loss_fn(
+            policy_logprobs_NT: torch.Tensor,
+            micro: MicroBatch = micro,
+            scored: ScoreOutput | None = scored,
+        ) -> tuple[torch.Tensor, diagnostics.Stats]:
+            return minirl_loss(
+                policy_logprobs_NT,
+                scored.logprobs_NT if scored else None,
+                micro.rollout_logprobs_NT,
+                micro.advantages_NT,
+                micro.mask_NT,
+                denominator=minibatch.denominator,
+                eps_low=recipe.eps_low,
+                eps_high=recipe.eps_high,
+                is_cap=recipe.is_cap,
+                importance_sampling=recipe.importance_sampling,
+                clip=recipe.clip,
+                weights_T=micro.length_weights_NT if recipe.length_norm else None,
+            )
+
+        out = backend.update(micro, loss_fn, temperature=minibatch.temperature, routes_NTLK=routes)
+        stats += [out.stats, diagnostics.entropy_stats(out.entropy_NT, micro.mask_NT)]
+        if routes is not None:
+            assert out.dispatched_NTLK is not None
+            stats.append(
+                diagnostics.replay_stats(routes, out.dispatched_NTLK, micro.routes_mask_NT)
+            )
+        live = scored.natural_NTLK if scored else out.natural_NTLK
+        if micro.engine_routes_NTLK is not None and live is not None:
+            stats.append(
+                diagnostics.routing_stats(micro.engine_routes_NTLK, live, micro.routes_mask_NT)
+            )
+    grad_norm = backend.step(learning_rate(recipe, step)) if minibatch.micros else 0.0
+    return (
+        minibatch.row
+        | diagnostics.metrics(diagnostics.merge(stats))
+        | {
+            "grad_norm": grad_norm,
+            "time/score_s": minibatch.score_s,
+            "time/update_s": time.perf_counter() - began,
+        }
+    )
+
+
+def learning_rate(recipe: RecipeSpec, step: int) -> float:
+    """Linear warm-up, then constant. `step` counts steps done before this one."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    return recipe.learning_rate
+
+
+def imitate(
+    backend: Backend,
+    demonstrations: Sequence[TrainSequence],
+    *,
+    rate: float,
+    budget_tokens: int,
+    device: str,
+) -> float:
+    """One supervised step, the mean over response tokens; returns the loss in nats per token.
+
+    Routes are the model's own, as in any SFT.
+    """
+    denominator = float(sum(demonstration.response_length for demonstration in demonstrations))
+    loss = 0.0
+    for cut in cut_micro_batches([d.fed_length for d in demonstrations], budget_tokens):
+        micro = collate(demonstrations[cut.start : cut.stop], device=device)
+        out = backend.update(
+            micro,
+            lambda policy_NT, micro=micro: sft_loss(  # type: ignore[misc]
+                policy_NT, micro.mask_NT, denominator=denominator
+            ),
+            temperature=1.0,
+        )
+        loss += out.loss
+    backend.step(rate)
+    return loss
+
+
+def _decode_group(
+    envelope: sequence_pb2.Envelope, vocab_size: int, routes: RouteShape | None
+) -> list[TrainSequence]:
+    kind = envelope.WhichOneof("payload")
+    if kind == "void":
+        return []
+    place = f"slot {envelope.id.lap}/{envelope.id.slot}"
+    if kind != "group":
+        raise WireError(f"{place}: payload {kind} is not valid; valid: group or void")
+    return [
+        decode_sequence(
+            sequence, vocab_size=vocab_size, routes=routes, field=f"{place} sequences[{index}]"
+        )
+        for index, sequence in enumerate(envelope.group.sequences)
+    ]
+
+
+def _data_row(
+    groups: Sequence[Sequence[TrainSequence]],
+    everything: Sequence[TrainSequence],
+    valid: Sequence[TrainSequence],
+    trainer_version: int,
+) -> Row:
+    lengths = [s.response_length for s in everything]
+    lags = [trainer_version - s.policy_versions_R for s in valid]
+    rewards = [[s.reward for s in group if s.valid] for group in groups]
+    trained = [group for group in rewards if group]
+    return {
+        "reward/mean": _mean([reward for group in trained for reward in group]),
+        "response/length_mean": _mean(lengths),
+        "response/truncated": _mean([s.truncated for s in everything]),
+        "groups/zero_advantage": _mean([len(set(group)) == 1 for group in trained]),
+        "groups/void": sum(not group for group in groups),
+        "version_lag/mean": float(np.concatenate(lags).mean()) if lags else 0.0,
+        "version_lag/max": int(max((lag.max() for lag in lags), default=0)),
+        "tokens/prompt": sum(s.prompt_length for s in everything),
+        "tokens/response": sum(lengths),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """0 of nothing: a mini-batch may hold only VOID slots."""
+    return float(np.mean(values)) if values else 0.0

@@ -1,0 +1,70 @@
+"""The trainer's side of Redis: run record, metric rows, fingerprints of versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from keel.errors import FencedError, IntegrityError, NotFound
+from keel.metrics import encode_row, evaluation_field, row_field
+from keel.queue import metrics_key, run_key, versions_key
+from keel.record import RunRecord, pack_fields
+
+
+def connect(url: str) -> redis.Redis:
+    """A client that rides out a restart of Redis of up to a minute or so."""
+    retry = Retry(ExponentialBackoff(cap=5.0, base=0.1), retries=20)
+    errors = [redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError]
+    return redis.Redis.from_url(url, retry=retry, retry_on_error=errors)
+
+
+class RunStore:
+    """One run in Redis, written under the lease that the caller holds."""
+
+    def __init__(self, client: redis.Redis, run: str, fencing_token: int) -> None:
+        self.redis, self.run, self._token = client, run, fencing_token
+
+    def read(self) -> RunRecord:
+        """The record now. Raises NotFound, or FencedError if another trainer has the lease."""
+        raw: Mapping[bytes, bytes] = self.redis.hgetall(run_key(self.run))  # type: ignore[assignment]
+        if not raw:
+            raise NotFound(f"run {self.run!r} has no record in Redis")
+        record = RunRecord.from_hash(self.run, raw)
+        if record.fencing_token > self._token:
+            raise FencedError(
+                f"run {self.run!r}: lease {self._token} is over, {record.fencing_token} has it now"
+            )
+        return record
+
+    def write(self, **fields: object) -> None:
+        """Sets fields of the record (`keel.record.pack_fields`)."""
+        mapping: Mapping[Any, Any] = pack_fields(**fields)
+        self.redis.hset(run_key(self.run), mapping=mapping)
+
+    def write_row(self, attempt: int, step: int, row: Mapping[str, float | int | None]) -> None:
+        """Writes the row of a step; written again, it replaces itself."""
+        self.redis.hset(metrics_key(self.run), row_field(attempt, step), encode_row(row))
+
+    def evaluated(self, attempt: int, step: int) -> bool:
+        """The collector's evaluation after `step` is there."""
+        return bool(self.redis.hexists(metrics_key(self.run), evaluation_field(attempt, step)))
+
+    def record_version(self, version: int, fingerprint: int) -> None:
+        """Ties a version number to its bits, for ever.
+
+        Raises:
+            IntegrityError: the number was used for other bits.
+        """
+        text = f"{fingerprint:016x}"
+        if self.redis.hsetnx(versions_key(self.run), str(version), text):
+            return
+        known = self.redis.hget(versions_key(self.run), str(version))
+        if known != text.encode():
+            raise IntegrityError(
+                f"version {version} was published as {known!r} and has come out as {text} now: "
+                "this machine does not repeat its numbers (other CPU type or thread count?)"
+            )
