@@ -1,0 +1,1 @@
+"""Keel's trainer service: MiniRL with routing replay."""
