@@ -1,4 +1,4 @@
-"""What must stay light stays light: no torch, no vllm, by importing every module in a fresh process."""
+"""What must stay light stays light: every module imported in a fresh process loads no torch."""
 
 from __future__ import annotations
 

@@ -115,6 +115,4 @@ def test_stream_entries() -> None:
     with pytest.raises(WireError, match="no Envelope"):
         queue.unpack({queue.ENVELOPE_FIELD: b"\xff\xff"}, run="r")
     with pytest.raises(WireError, match="payload: unset"):
-        queue.unpack(
-            queue.pack(sequence_pb2.Envelope(id=sequence_pb2.SlotId(run="r"))), run="r"
-        )
+        queue.unpack(queue.pack(sequence_pb2.Envelope(id=sequence_pb2.SlotId(run="r"))), run="r")

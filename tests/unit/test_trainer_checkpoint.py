@@ -1,0 +1,83 @@
+"""Checkpoints: whole or not at all, the one before when the newest is broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from keel_trainer.checkpoint import Checkpoints, Progress
+
+
+def progress(step: int, cold: int = 10) -> Progress:
+    return Progress(
+        attempt=0,
+        cold_start_step=cold,
+        step=step,
+        first_gap=0.01,
+        consumed={"groups": [(0, 0), (0, 1)], "demos": []},
+    )
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"master/w": torch.full((3, 2), value), "rng/cpu": torch.get_rng_state()}
+
+
+def test_round_trip_is_exact_and_old_ones_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.load_latest() is None
+    for step in (0, 4, 8):
+        checkpoints.save(progress(step), state(step + 0.1))
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000004", "step-00000008"]
+    loaded = checkpoints.load_latest()
+    assert loaded is not None
+    where, tensors = loaded
+    assert where.step == 8
+    assert [tuple(slot) for slot in where.consumed["groups"]] == [(0, 0), (0, 1)]
+    assert torch.equal(tensors["master/w"], torch.full((3, 2), 8.1))
+    assert torch.equal(tensors["rng/cpu"], torch.get_rng_state())
+
+
+def test_cold_start_checkpoints_come_before_the_first_step(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    for cold in (128, 9, 256):
+        checkpoints.save(progress(0, cold), state(cold))
+    latest = checkpoints.load_latest()
+    assert latest is not None
+    assert latest[0].cold_start_step == 256
+    checkpoints.save(progress(4, 256), state(1))
+    latest = checkpoints.load_latest()
+    assert latest is not None
+    assert latest[0].step == 4
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no progress", "torn progress"])
+def test_a_broken_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(progress(4), state(4))
+    newest = checkpoints.save(progress(8), state(8))
+    tensors, where = newest / "state.safetensors", newest / "progress.json"
+    match damage:
+        case "flip":
+            data = bytearray(tensors.read_bytes())
+            data[-1] ^= 1
+            tensors.write_bytes(data)
+        case "truncate":
+            tensors.write_bytes(tensors.read_bytes()[:-8])
+        case "no progress":
+            where.unlink()
+        case "torn progress":
+            where.write_text(json.dumps({"step": 8})[:-3])
+    loaded = checkpoints.load_latest()
+    assert loaded is not None
+    assert loaded[0].step == 4
+
+
+def test_a_half_written_folder_is_never_seen(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000012").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.load_latest() is None
+    checkpoints.save(progress(12), state(0))
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000012"]
