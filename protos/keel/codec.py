@@ -44,13 +44,29 @@ _TO_NUMPY: dict[int, np.dtype] = {
 _FROM_NUMPY = {dtype: code for code, dtype in _TO_NUMPY.items()}
 
 
-def to_tensor(array: npt.NDArray) -> tensor_pb2.Tensor:
-    """Packs an array of float32, float16, uint8, uint16, int32 or int64."""
+def fill(tensor: tensor_pb2.Tensor, array: npt.NDArray) -> None:
+    """Packs an array of float32, float16, uint8, uint16, int32 or int64 into `tensor`.
+
+    Filled in place inside its message, a tensor is copied once; a Tensor handed to a constructor is
+    copied again at every level of nesting.
+
+    Example:
+        fill(sequence.routes.inline, routes_TLK)
+    """
     code = _FROM_NUMPY.get(array.dtype)
     if code is None:
         valid = ", ".join(str(dtype) for dtype in _FROM_NUMPY)
         raise WireError(f"dtype {array.dtype} has no wire type; valid: {valid}")
-    return tensor_pb2.Tensor(dtype=code, shape=array.shape, data=array.tobytes())  # type: ignore[arg-type]
+    tensor.dtype = code  # type: ignore[assignment]
+    tensor.shape[:] = array.shape
+    tensor.data = array.tobytes()
+
+
+def to_tensor(array: npt.NDArray) -> tensor_pb2.Tensor:
+    """A Tensor of its own; see `fill`."""
+    tensor = tensor_pb2.Tensor()
+    fill(tensor, array)
+    return tensor
 
 
 def to_ndarray(
