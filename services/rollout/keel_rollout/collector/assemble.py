@@ -1,0 +1,100 @@
+"""From responses and verdicts to the envelope of a slot: a group, or VOID with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from keel import codec
+from keel.types.v1 import sequence_pb2
+from keel_rollout.collector.plan import Slot
+from keel_rollout.collector.responses import Response
+from keel_rollout.collector.tasks.base import Problem
+from keel_rollout.collector.text import TextCodec
+from keel_rollout.collector.verify import Case, Judgement, VerifierPool
+
+LEAST_VALID = 2
+"""A group's mean needs two."""
+
+
+async def judge(
+    pool: VerifierPool,
+    verifier: str,
+    problem: Problem,
+    responses: Sequence[Response],
+    text: TextCodec,
+) -> list[Judgement]:
+    """A judgement for each response; one with a fault of its own keeps that and is not verified."""
+    cases = [
+        Case(problem.prompt, text.response_text(response.token_ids_R), problem.reference)
+        for response in responses
+        if not response.fault
+    ]
+    verdicts = iter(await pool.verify(verifier, cases))
+    return [
+        Judgement(fault=response.fault) if response.fault else next(verdicts)
+        for response in responses
+    ]
+
+
+def group_envelope(
+    slot: Slot,
+    responses: Sequence[Response],
+    judgements: Sequence[Judgement],
+    sampling: sequence_pb2.SamplingParams,
+    *,
+    generate_s: float,
+    engine: str,
+) -> sequence_pb2.Envelope:
+    """The slot's group, or VOID if fewer than two of its sequences are valid."""
+    faults = [judgement.fault for judgement in judgements if judgement.fault]
+    valid = len(responses) - len(faults)
+    if valid < LEAST_VALID:
+        return void_envelope(
+            slot,
+            f"{valid} of {len(responses)} responses are valid, {LEAST_VALID} needed; the first "
+            f"fault: {faults[0]}",
+        )
+    sequences = [
+        _sequence(slot, sample, response, judgement, sampling)
+        for sample, (response, judgement) in enumerate(zip(responses, judgements, strict=True))
+    ]
+    group = sequence_pb2.Group(sequences=sequences, generate_s=generate_s, engine=engine)
+    return sequence_pb2.Envelope(id=slot.id, group=group)
+
+
+def void_envelope(slot: Slot, reason: str) -> sequence_pb2.Envelope:
+    """The slot gives nothing to train on."""
+    return sequence_pb2.Envelope(id=slot.id, void=sequence_pb2.VoidSlot(reason=reason))
+
+
+def _sequence(
+    slot: Slot,
+    sample: int,
+    response: Response,
+    judgement: Judgement,
+    sampling: sequence_pb2.SamplingParams,
+) -> sequence_pb2.Sequence:
+    token_ids_T = np.concatenate([slot.prompt_ids_P, response.token_ids_R])
+    prompt_length = len(slot.prompt_ids_P)
+    sequence = sequence_pb2.Sequence(
+        id=sequence_pb2.SequenceId(slot=slot.id, sample=sample),
+        token_ids=codec.to_tensor(token_ids_T),
+        prompt_length=prompt_length,
+        trainable=[sequence_pb2.Span(begin=prompt_length, end=len(token_ids_T))],
+        rollout_logprobs=codec.to_tensor(response.rollout_logprobs_R),
+        sampling=sampling,
+        policy_versions=response.policy_versions,
+        finish_reason=response.finish_reason,
+        reward=judgement.reward,
+        invalid_reason=judgement.fault,
+    )
+    for name, value in judgement.parts.items():
+        sequence.reward_parts.add(name=name, value=value)
+    if response.routes_TLK is not None:
+        sequence.routes.codec = sequence_pb2.ROUTE_CODEC_DENSE
+        sequence.routes.inline.CopyFrom(codec.to_tensor(response.routes_TLK))
+        sequence.routes_valid = True
+        sequence.routes_xxh3 = response.routes_xxh3
+    return sequence

@@ -1,0 +1,93 @@
+"""Follows the run records: a task for every run that lives, none for one that is over."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+import redis.asyncio
+
+from keel.errors import WireError
+from keel.queue import RUNS_KEY, run_key
+from keel.record import Desired, RunRecord
+from keel_rollout.collector.backoff import insist
+from keel_rollout.collector.run import Watched, collect
+from keel_rollout.collector.verify import VerifierPool
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""Seconds between two looks: half of it is what a lap waits for its start."""
+
+RawRecord = Mapping[bytes, bytes]
+
+
+class Follower:
+    """Runs and their tasks.
+
+    Example:
+        await Follower(client, pool).follow()  # until cancelled
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, pool: VerifierPool) -> None:
+        self._redis, self._pool = client, pool
+        self._raw: dict[str, RawRecord] = {}
+        self._watched: dict[str, Watched] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._over: set[str] = set()
+
+    async def follow(self) -> None:
+        """Looks again and again; ends every task when cancelled."""
+        try:
+            while True:
+                for run, raw in (await insist("run records", self._read)).items():
+                    self._look(run, raw)
+                await asyncio.sleep(POLL_S)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    async def _read(self) -> dict[str, RawRecord]:
+        """The records of all runs that are not known to be over."""
+        ids: list[bytes] = await self._redis.zrange(RUNS_KEY, 0, -1)  # type: ignore[assignment]
+        runs = [run for run in map(bytes.decode, ids) if run not in self._over]
+        gone = self._watched.keys() - set(runs)
+        if not runs and not gone:
+            return {}
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for run in runs:
+                pipe.hgetall(run_key(run))
+            replies = await pipe.execute()
+        return dict(zip(runs, replies, strict=True)) | {run: {} for run in gone}
+
+    def _look(self, run: str, raw: RawRecord) -> None:
+        if not raw:
+            self._drop(run, "its record is gone")
+            return
+        if raw == self._raw.get(run):
+            return
+        self._raw[run] = raw
+        try:
+            record = RunRecord.from_hash(run, raw)
+        except WireError as error:
+            log.error("not followed: %s", error)
+            return
+        if record.phase.final:
+            self._over.add(run)
+            self._drop(run, f"it is {record.phase}")
+        elif record.desired == Desired.CANCELLED:
+            self._drop(run, "it is to be cancelled")
+        elif run in self._watched:
+            self._watched[run].put(record)
+        else:
+            log.info("run %s (%s): followed", run, record.spec.name)
+            watched = self._watched[run] = Watched(record)
+            self._tasks[run] = asyncio.create_task(collect(watched, self._redis, self._pool))
+
+    def _drop(self, run: str, why: str) -> None:
+        self._raw.pop(run, None)
+        if self._watched.pop(run, None) is not None:
+            log.info("run %s: %s", run, why)
+            self._tasks.pop(run).cancel()

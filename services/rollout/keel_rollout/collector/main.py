@@ -1,0 +1,114 @@
+"""Console script `keel-collector`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from keel_rollout.collector.follow import Follower
+from keel_rollout.collector.verify import VerifierPool
+
+log = logging.getLogger(__name__)
+
+_CONNECTIONS = 16
+_REDIS_TIMEOUT_S = 30.0
+
+_HELP = """\
+The collector follows the runs recorded in Redis. For each run it sends prompts to the leased engine
+(gRPC), has the responses judged in worker processes, and adds one envelope a slot to the run's
+stream, where the trainer takes it. It also makes the demonstrations of the cold start and evaluates
+versions on held-out prompts.
+
+It keeps nothing: stop it, kill it or start it anew at any time, and it goes on from Redis. Run one
+collector for each Redis. It serves every run at once and has no API of its own; look into its log.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(serve(options.redis, verifier_workers=options.verifier_workers))
+
+
+async def serve(redis_url: str, *, verifier_workers: int) -> None:
+    """Follows the runs until SIGTERM or SIGINT; then drops what is under way and returns."""
+    following = asyncio.current_task()
+    assert following is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, following.cancel)
+    client = connect(redis_url)
+    pool = VerifierPool(verifier_workers)
+    log.info("following the runs in Redis, %d verifier workers", verifier_workers)
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await Follower(client, pool).follow()
+    finally:
+        await pool.close()
+        await client.aclose()
+        log.info("stopped")
+
+
+def connect(redis_url: str) -> redis.asyncio.Redis:
+    """A client that never repeats a command by itself: an XADD sent twice would be there twice."""
+    pool = redis.asyncio.BlockingConnectionPool.from_url(
+        redis_url,
+        max_connections=_CONNECTIONS,
+        timeout=_REDIS_TIMEOUT_S,
+        socket_timeout=_REDIS_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keel-collector",
+        description=_HELP,
+        epilog="Every option has an environment variable, named in brackets; the option wins.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--redis",
+        metavar="URL",
+        default=os.environ.get("KEEL_REDIS_URL", "redis://127.0.0.1:6379/0"),
+        help="redis://HOST:PORT/DB or unix://PATH [KEEL_REDIS_URL] (now: %(default)s)",
+    )
+    parser.add_argument(
+        "--verifier-workers",
+        metavar="N",
+        type=_at_least_one,
+        default=os.environ.get("KEEL_VERIFIER_WORKERS", "1"),
+        help="processes that judge responses [KEEL_VERIFIER_WORKERS] (now: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-level",
+        metavar="LEVEL",
+        type=str.upper,
+        choices=["DEBUG", "INFO", "WARNING", "ERROR"],
+        default=os.environ.get("KEEL_LOG_LEVEL", "INFO").upper(),
+        help="DEBUG, INFO, WARNING or ERROR [KEEL_LOG_LEVEL] (now: %(default)s)",
+    )
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not valid; valid: 1 and above")
+    return number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Adds each slot's envelope to its stream once. What the stream holds is the only memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import redis.asyncio
+
+from keel.errors import WireError
+from keel.queue import pack, unpack
+from keel.types.v1 import sequence_pb2
+from keel_rollout.collector.backoff import REDIS_TROUBLE, Backoff, insist
+
+log = logging.getLogger(__name__)
+
+_PAGE = 32
+
+
+class SlotKey(NamedTuple):
+    """A slot within its run."""
+
+    attempt: int
+    lap: int
+    slot: int
+
+
+class SlotStream:
+    """One stream of one run. There is one producer, so what it has added needs no second look.
+
+    After a start, and after an XADD whose reply was lost, the stream is read to see what is there.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, key: str, run: str) -> None:
+        self._redis, self._key, self._run = client, key, run
+        self._added: set[SlotKey] | None = None
+
+    async def added(self) -> set[SlotKey]:
+        """Slots known to be, or to have been, in the stream."""
+        if self._added is None:
+            self._added = await insist(f"stream {self._key}", self._read)
+        return self._added
+
+    async def add(self, envelope: sequence_pb2.Envelope) -> None:
+        """Adds the envelope unless its slot is there; waits while Redis is away."""
+        key = SlotKey(envelope.id.attempt, envelope.id.lap, envelope.id.slot)
+        fields = pack(envelope)
+        backoff = Backoff(f"stream {self._key}")
+        while key not in await self.added():
+            try:
+                await self._redis.xadd(self._key, fields)  # type: ignore[arg-type]
+            except REDIS_TROUBLE as error:
+                self._added = None  # it may have arrived
+                await backoff.wait(f"{type(error).__name__}: {error}")
+            else:
+                if self._added is not None:
+                    self._added.add(key)
+                return
+
+    async def forget_before(self, attempt: int, lap: int) -> None:
+        """Drops what is known of earlier laps; their entries may be gone."""
+        self._added = {key for key in await self.added() if key >= (attempt, lap)}
+
+    async def length(self) -> int:
+        """Entries in the stream."""
+        return await insist(f"stream {self._key}", lambda: self._redis.xlen(self._key))
+
+    async def _read(self) -> set[SlotKey]:
+        found: set[SlotKey] = set()
+        begin = "-"
+        while entries := await self._page(begin):
+            for entry_id, fields in entries:
+                try:
+                    place = unpack(fields, run=self._run).id
+                except WireError as error:
+                    log.warning("stream %s, entry %s: %s", self._key, entry_id.decode(), error)
+                    continue
+                found.add(SlotKey(place.attempt, place.lap, place.slot))
+            begin = f"({entries[-1][0].decode()}"
+        return found
+
+    async def _page(self, begin: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        return await self._redis.xrange(self._key, min=begin, count=_PAGE)  # type: ignore[return-value]

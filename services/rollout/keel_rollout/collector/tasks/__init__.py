@@ -1,0 +1,1 @@
+"""The built-in tasks, and what judges their responses."""

@@ -1,0 +1,12 @@
+"""The built-in tasks by name. Their verifiers are in worker processes (`verify_worker`)."""
+
+from __future__ import annotations
+
+from keel.spec import TaskSpec
+from keel_rollout.collector.tasks.base import Task
+from keel_rollout.collector.tasks.multiplication import Multiplication
+
+
+def make_task(spec: TaskSpec) -> Task:
+    """The task that a job asks for."""
+    return {"multiplication": Multiplication}[spec.dataset](spec.difficulty)

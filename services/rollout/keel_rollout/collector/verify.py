@@ -1,0 +1,257 @@
+"""Verdicts from worker processes: a failing verifier costs one response, a disturbed worker none.
+
+What becomes of a response whose worker does not answer:
+
+    it raised, crashed, or ended the process ............. invalid
+    it used more CPU time than the limit ................. invalid; ITIMER_PROF ends the worker
+    it slept longer than the limit, as seen from here .... invalid
+    the worker was killed or stopped from outside ........ judged again in a new worker
+
+CPU time and sleep are counted, never the clock: a machine that pauses changes no reward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+WORKER = (sys.executable, "-m", "keel_rollout.collector.verify_worker")
+"""Command of a worker process."""
+
+_TICK_S = 0.25
+_LINE_BYTES = 2**20
+_EXIT_S = 5.0
+_KILLS = 5
+"""A response is judged again this often after its worker was killed from outside; then the response
+is taken to be the cause (out of memory, say)."""
+_FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One response to judge (see `tasks.base.Verifier`)."""
+
+    prompt: str
+    response: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict, or the reason why there is none."""
+
+    reward: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+    fault: str = ""
+    """Not empty: the verifier failed on this response, and the reward means nothing."""
+
+
+class _Disturbed(Exception):
+    """The worker was killed or stopped from outside."""
+
+
+class _Failed(Exception):
+    """The verifier ended the worker; the message says how."""
+
+
+class VerifierPool:
+    """Judges responses in `workers` processes, each started when it is first needed.
+
+    Example:
+        pool = VerifierPool()
+        await pool.verify("multiplication", [Case("2*3=", "=6<end>", "6")])
+        -> [Judgement(reward=1.0, parts={"correct": 1.0, "formed": 1.0}, fault="")]
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        *,
+        command: Sequence[str] = WORKER,
+        cpu_limit_s: float = 2.0,
+        sleep_limit_s: float = 30.0,
+        stop_limit_s: float = 5.0,
+    ) -> None:
+        """
+        Args:
+            command: starts a worker that speaks `verify_worker`'s lines.
+            cpu_limit_s: CPU seconds of one response.
+            sleep_limit_s: seconds that a verifier may sleep on one response without using any CPU.
+            stop_limit_s: seconds after which a stopped worker is replaced.
+        """
+        self._workers = [
+            _Worker(command, cpu_limit_s, sleep_limit_s, stop_limit_s) for _ in range(workers)
+        ]
+        self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
+        for worker in self._workers:
+            self._idle.put_nowait(worker)
+
+    async def verify(self, verifier: str, cases: Sequence[Case]) -> list[Judgement]:
+        """One judgement for each case, in order."""
+        worker = await self._idle.get()
+        try:
+            return await worker.judge(verifier, cases)
+        except BaseException:
+            worker.kill()  # it may be in the middle of an answer
+            raise
+        finally:
+            self._idle.put_nowait(worker)
+
+    async def close(self) -> None:
+        """Ends the workers."""
+        for worker in self._workers:
+            await worker.close()
+
+
+class _Worker:
+    def __init__(
+        self,
+        command: Sequence[str],
+        cpu_limit_s: float,
+        sleep_limit_s: float,
+        stop_limit_s: float,
+    ) -> None:
+        self._command = command
+        self._cpu_limit_s = cpu_limit_s
+        self._sleep_limit_s = sleep_limit_s
+        self._stop_limit_s = stop_limit_s
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def judge(self, verifier: str, cases: Sequence[Case]) -> list[Judgement]:
+        judgements: list[Judgement] = []
+        kills = 0
+        while len(judgements) < len(cases):
+            before = len(judgements)
+            try:
+                await self._judge(verifier, cases, judgements)
+            except _Failed as failure:
+                log.warning("verifier %s failed: %s", verifier, failure)
+                judgements.append(Judgement(fault=f"verifier {verifier} {failure}"))
+            except _Disturbed as disturbance:
+                kills = 1 if len(judgements) > before else kills + 1
+                log.warning("verifier worker %s; its response is judged again", disturbance)
+                if kills > _KILLS:
+                    fault = f"verifier {verifier}: its worker {disturbance}, {kills} times"
+                    judgements.append(Judgement(fault=fault))
+        return judgements
+
+    async def _judge(
+        self, verifier: str, cases: Sequence[Case], judgements: list[Judgement]
+    ) -> None:
+        """Appends to `judgements` from where they end."""
+        process = await self._start()
+        assert process.stdin is not None
+        rest = cases[len(judgements) :]
+        request = {
+            "verifier": verifier,
+            "cpu_limit_s": self._cpu_limit_s,
+            "cases": [[case.prompt, case.response, case.reference] for case in rest],
+        }
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            await process.stdin.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it is dead; reading says of what
+        for _ in rest:
+            judgements.append(_judgement(verifier, await self._answer(process)))
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=_LINE_BYTES,
+                start_new_session=True,  # Ctrl-C is for us, not for it
+            )
+        return self._process
+
+    async def _answer(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
+        assert process.stdout is not None
+        slept_s = stopped_s = 0.0
+        while True:
+            try:
+                async with asyncio.timeout(_TICK_S):
+                    line = await process.stdout.readline()
+                break
+            except TimeoutError:
+                state = _state(process.pid)
+            except ValueError as error:
+                await self._end(process)
+                raise _Failed(f"answered with more than {_LINE_BYTES} bytes") from error
+            slept_s += _TICK_S if state == psutil.STATUS_SLEEPING else 0
+            stopped_s += _TICK_S if state in _STOPPED else 0
+            if slept_s >= self._sleep_limit_s:
+                await self._end(process)
+                raise _Failed(f"hung: it slept for {self._sleep_limit_s:g} s")
+            if stopped_s >= self._stop_limit_s:
+                await self._end(process)
+                raise _Disturbed("was stopped")
+        if not line.endswith(b"\n"):
+            raise await self._death(process)
+        answer = json.loads(line)
+        assert isinstance(answer, dict), "our own worker's line"
+        return answer
+
+    async def _death(self, process: asyncio.subprocess.Process) -> _Failed | _Disturbed:
+        """What the end of a worker means."""
+        try:
+            async with asyncio.timeout(_EXIT_S):
+                code = await process.wait()
+        except TimeoutError:
+            await self._end(process)
+            return _Failed("closed the worker's output")
+        self._process = None
+        if code >= 0:
+            return _Failed(f"ended its process with exit code {code}")
+        by = signal.Signals(-code)
+        if by == signal.SIGPROF:
+            return _Failed(f"used more than {self._cpu_limit_s:g} s of CPU time")
+        if by in _FROM_OUTSIDE:
+            return _Disturbed(f"was killed by {by.name}")
+        return _Failed(f"crashed with {by.name}")
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        self.kill()
+        await process.wait()
+
+    def kill(self) -> None:
+        """Ends the process, if there is one; the next call starts another."""
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+
+    async def close(self) -> None:
+        process = self._process
+        if process is not None:
+            await self._end(process)
+
+
+_STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
+
+
+def _state(pid: int) -> str:
+    try:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
+
+
+def _judgement(verifier: str, answer: Mapping[str, Any]) -> Judgement:
+    if "error" in answer:
+        return Judgement(fault=f"verifier {verifier} raised {answer['error']}")
+    reward = float(answer["reward"])
+    if not math.isfinite(reward):
+        return Judgement(fault=f"verifier {verifier} gave a reward of {reward}")
+    return Judgement(reward, answer["parts"])
