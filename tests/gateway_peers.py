@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -94,3 +95,15 @@ async def serve(peer: EnginePeer | TrainerPeer, address: str = "127.0.0.1:0") ->
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+async def eventually(check: Callable[[], Any], *, timeout_s: float = 20.0) -> Any:
+    """What `check` returns, awaited where it must be, once it is true."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            found = check()
+            if isinstance(found, Awaitable):
+                found = await found
+            if found:
+                return found
+            await asyncio.sleep(0.02)

@@ -125,7 +125,16 @@ def problem(
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of `app` a problem."""
+    """Makes every error of `app` a problem, in its answers and in its OpenAPI."""
+    plain_openapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = plain_openapi()
+        own = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= own.pop("$defs") | {"Problem": own}
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend it
 
     @app.exception_handler(KeelError)
     async def _keel(request: Request, error: KeelError) -> JSONResponse:

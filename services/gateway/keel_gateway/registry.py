@@ -121,7 +121,8 @@ async def _ask_engine(engine: Engine, channel: grpc.aio.Channel) -> None:
 def describe(error: Exception) -> str:
     """What went wrong with a peer, as the rest of a sentence that begins with its address."""
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"does not answer ({error.code().name}: {error.details()})"
+        details = (error.details() or "").rpartition("last error: UNKNOWN: ")[2]
+        return f"does not answer ({error.code().name}: {details})"
     return str(error) or type(error).__name__
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from functools import partial
 
 import grpc
@@ -42,6 +43,8 @@ class Scheduler:
 
     def __init__(self, store: Store, registry: Registry, *, poll_s: float) -> None:
         self._store, self._registry, self._poll_s = store, registry, poll_s
+        self._loop: asyncio.Task[None] | None = None
+        self._stopping = False
         self._wake = asyncio.Event()
         self._pass = asyncio.Lock()  # two passes at once would grant the same engine twice
         self._waiting: dict[str, str] = {}
@@ -63,24 +66,32 @@ class Scheduler:
         self._next_look_s.pop(run, None)
         self._wake.set()
 
-    async def run(self) -> None:
-        """Loops for ever; an error (Redis away) costs one pass."""
-        try:
-            while True:
-                try:
-                    await self._look_after(await self.grant_leases())
-                except Exception as error:  # the next pass may succeed, and nobody else would try
-                    log.warning("a pass failed: %s: %s", type(error).__name__, error)
-                try:
-                    async with asyncio.timeout(self._poll_s):
-                        await self._wake.wait()
-                except TimeoutError:
-                    pass
-                self._wake.clear()
-        finally:
-            for task in self._looks.values():
-                task.cancel()
-            await asyncio.gather(*self._looks.values(), return_exceptions=True)
+    def start(self) -> None:
+        """Begins to loop."""
+        self._loop = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """Ends the loop and whatever it is doing."""
+        # Not by cancelling: on Python 3.11, wait_for inside redis-py may swallow a cancellation.
+        self._stopping = True
+        self._wake.set()
+        if self._loop is not None:
+            await self._loop
+        looks = list(self._looks.values())
+        for task in looks:
+            task.cancel()
+        await asyncio.gather(*looks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                await self._look_after(await self.grant_leases())
+            except Exception as error:  # Redis away, say: the next pass may succeed
+                log.warning("a pass failed: %s: %s", type(error).__name__, error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_s):
+                    await self._wake.wait()
 
     async def grant_leases(self) -> list[RunRecord]:
         """Gives what is free to the runs that wait; returns every run that holds a lease now."""
