@@ -56,12 +56,14 @@ def group_envelope(
             f"{valid} of {len(responses)} responses are valid, {LEAST_VALID} needed; the first "
             f"fault: {faults[0]}",
         )
-    sequences = [
-        _sequence(slot, sample, response, judgement, sampling)
-        for sample, (response, judgement) in enumerate(zip(responses, judgements, strict=True))
-    ]
-    group = sequence_pb2.Group(sequences=sequences, generate_s=generate_s, engine=engine)
-    return sequence_pb2.Envelope(id=slot.id, group=group)
+    envelope = sequence_pb2.Envelope(id=slot.id)
+    envelope.group.generate_s, envelope.group.engine = generate_s, engine
+    for sample, (response, judgement) in enumerate(zip(responses, judgements, strict=True)):
+        sequence = envelope.group.sequences.add(sampling=sampling)
+        sequence.id.slot.CopyFrom(slot.id)
+        sequence.id.sample = sample
+        _fill(sequence, slot, response, judgement)
+    return envelope
 
 
 def void_envelope(slot: Slot, reason: str) -> sequence_pb2.Envelope:
@@ -69,32 +71,22 @@ def void_envelope(slot: Slot, reason: str) -> sequence_pb2.Envelope:
     return sequence_pb2.Envelope(id=slot.id, void=sequence_pb2.VoidSlot(reason=reason))
 
 
-def _sequence(
-    slot: Slot,
-    sample: int,
-    response: Response,
-    judgement: Judgement,
-    sampling: sequence_pb2.SamplingParams,
-) -> sequence_pb2.Sequence:
+def _fill(
+    sequence: sequence_pb2.Sequence, slot: Slot, response: Response, judgement: Judgement
+) -> None:
     token_ids_T = np.concatenate([slot.prompt_ids_P, response.token_ids_R])
-    prompt_length = len(slot.prompt_ids_P)
-    sequence = sequence_pb2.Sequence(
-        id=sequence_pb2.SequenceId(slot=slot.id, sample=sample),
-        token_ids=codec.to_tensor(token_ids_T),
-        prompt_length=prompt_length,
-        trainable=[sequence_pb2.Span(begin=prompt_length, end=len(token_ids_T))],
-        rollout_logprobs=codec.to_tensor(response.rollout_logprobs_R),
-        sampling=sampling,
-        policy_versions=response.policy_versions,
-        finish_reason=response.finish_reason,
-        reward=judgement.reward,
-        invalid_reason=judgement.fault,
-    )
-    for name, value in judgement.parts.items():
-        sequence.reward_parts.add(name=name, value=value)
+    codec.fill(sequence.token_ids, token_ids_T)
+    sequence.prompt_length = len(slot.prompt_ids_P)
+    sequence.trainable.add(begin=sequence.prompt_length, end=len(token_ids_T))
+    codec.fill(sequence.rollout_logprobs, response.rollout_logprobs_R)
     if response.routes_TLK is not None:
         sequence.routes.codec = sequence_pb2.ROUTE_CODEC_DENSE
-        sequence.routes.inline.CopyFrom(codec.to_tensor(response.routes_TLK))
+        codec.fill(sequence.routes.inline, response.routes_TLK)
         sequence.routes_valid = True
         sequence.routes_xxh3 = response.routes_xxh3
-    return sequence
+    sequence.policy_versions.extend(response.policy_versions)
+    sequence.finish_reason = response.finish_reason
+    sequence.reward = judgement.reward
+    for name, value in judgement.parts.items():
+        sequence.reward_parts.add(name=name, value=value)
+    sequence.invalid_reason = judgement.fault

@@ -31,7 +31,7 @@ WORKER = (sys.executable, "-m", "keel_rollout.collector.verify_worker")
 
 _TICK_S = 0.25
 _LINE_BYTES = 2**20
-_EXIT_S = 5.0
+_EXIT_S = 2.0
 _KILLS = 5
 """A response is judged again this often after its worker was killed from outside; then the response
 is taken to be the cause (out of memory, say)."""

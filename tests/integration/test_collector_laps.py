@@ -1,0 +1,449 @@
+"""The collector between a real Redis and an engine that misbehaves on cue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import redis
+from collector_peers import (
+    ScriptedEngine,
+    envelopes,
+    make_artifact,
+    make_spec,
+    without_times,
+    write_run,
+)
+from rediskit import RedisServer
+
+from keel.codec import fill, to_ndarray, xxh3
+from keel.queue import demos_key, metrics_key, run_key
+from keel.rollout.v1 import rollout_service_pb2 as pb
+from keel.types.v1 import sequence_pb2
+from keel_rollout.collector import produce
+from keel_rollout.collector.follow import Follower
+from keel_rollout.collector.main import connect
+from keel_rollout.collector.verify import VerifierPool
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(server: RedisServer) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(server.url) as client:
+        yield client
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[ScriptedEngine]:
+    engine = ScriptedEngine()
+    engine.address = await engine.start()
+    yield engine
+    await engine.stop()
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    return make_artifact(tmp_path / "base")
+
+
+@contextlib.asynccontextmanager
+async def collector(url: str) -> AsyncIterator[asyncio.Task[None]]:
+    """A collector in this process, from its start to its end."""
+    connection, pool = connect(url), VerifierPool()
+    following = asyncio.create_task(Follower(connection, pool).follow())
+    try:
+        yield following
+    finally:
+        following.cancel()
+        await asyncio.wait({following})
+        await pool.close()
+        await connection.aclose()
+
+
+async def until(holds: Callable[[], object], seconds: float = 15) -> None:
+    async with asyncio.timeout(seconds):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+def error_of(client: redis.Redis) -> str:
+    return (client.hget(run_key("r"), "collector_error") or b"").decode()
+
+
+async def test_a_lap_gives_one_whole_envelope_a_slot(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    write_run(client, make_spec(), artifact, engine.address, policy_version=1)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        await asyncio.sleep(0.2)
+    found = envelopes(client)
+    assert [(e.id.attempt, e.id.lap, e.id.slot) for e in found] == [(0, 1, s) for s in range(8)]
+    request = engine.requests[0]
+    assert request.cohort.id == "0/1/train/0"
+    assert request.cohort.size == 8
+    assert request.require_policy_version == 1
+    assert request.with_routes
+    assert list(request.sampling.stop_token_ids) == [1]
+    assert len({r.seed for r in engine.requests}) == 8
+    for envelope in found:
+        assert envelope.group.engine == engine.address
+        for sample, sequence in enumerate(envelope.group.sequences):
+            tokens_T = to_ndarray(sequence.token_ids, "t", dtypes=("int32",), shape=(None,))
+            end = len(tokens_T)
+            assert tokens_T[-1] == 1
+            assert (sequence.id.sample, sequence.id.slot.slot) == (sample, envelope.id.slot)
+            assert [(s.begin, s.end) for s in sequence.trainable] == [(sequence.prompt_length, end)]
+            assert list(sequence.rollout_logprobs.shape) == [end - sequence.prompt_length]
+            assert list(sequence.routes.inline.shape) == [end - 1, 2, 2]
+            assert sequence.routes_xxh3 == xxh3(sequence.routes.inline.data)
+            assert sequence.policy_versions[0].policy_version == 1
+            assert (sequence.reward, sequence.invalid_reason) == (1.0, "")
+            assert {part.name: part.value for part in sequence.reward_parts} == {
+                "correct": 1.0,
+                "formed": 1.0,
+            }
+
+
+async def test_prompts_and_seeds_depend_on_the_place_alone(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Lap 1 sampled after lap 0 equals lap 1 sampled first; another attempt differs."""
+
+    def asked(lap: int, attempt: int = 0) -> dict[int, tuple[bytes, int]]:
+        return {
+            r.id.slot: (r.prompt_token_ids.data, r.seed)
+            for r in engine.requests
+            if (r.id.lap, r.id.attempt) == (lap, attempt)
+        }
+
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        client.hset(run_key("r"), "policy_version", 1)
+        await until(lambda: client.xlen("keel:groups:r") == 16)
+    after, first = asked(1), asked(0)
+    engine.requests.clear()
+    client.delete("keel:groups:r")
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        client.hset(run_key("r"), "attempt", 1)
+        await until(lambda: client.xlen("keel:groups:r") == 16)
+    assert asked(1) == after
+    assert asked(1, attempt=1) != after
+    assert first != after
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.INTERNAL,
+    ],
+)
+async def test_engine_trouble_is_sent_again_as_a_whole_cohort(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    code: grpc.StatusCode,
+) -> None:
+    troubles = iter([code, code])
+    engine.abort = lambda request: next(troubles, None) if request.id.slot == 5 else None
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        await asyncio.sleep(0.1)
+    assert [e.WhichOneof("payload") for e in envelopes(client)] == ["group"] * 8
+    tries = Counter(request.cohort.try_number for request in engine.requests)
+    assert len(tries) == 3
+    assert tries[max(tries)] == 8
+    assert list(tries) == sorted(tries)
+
+
+async def test_an_aborted_response_is_engine_trouble(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    aborts = iter([True])
+
+    def abort(request: pb.GenerateRequest, message: pb.GenerateResponse) -> None:
+        if message.HasField("complete") and next(aborts, False):
+            message.complete.finish_reason = sequence_pb2.FINISH_REASON_ABORTED
+
+    engine.change = abort
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    assert all(
+        sequence.finish_reason == sequence_pb2.FINISH_REASON_STOP
+        for envelope in envelopes(client)
+        for sequence in envelope.group.sequences
+    )
+
+
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED]
+)
+async def test_a_refusal_goes_into_the_record(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    code: grpc.StatusCode,
+) -> None:
+    engine.abort = lambda request: code
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: error_of(client))
+        asked = len(engine.requests)
+        await asyncio.sleep(0.3)
+        assert len(engine.requests) == asked
+    assert error_of(client) == f"engine {engine.address}: {code.name}: scripted"
+    assert client.xlen("keel:groups:r") == 0
+
+
+async def test_a_broken_contract_goes_into_the_record(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    def miscount(request: pb.GenerateRequest, message: pb.GenerateResponse) -> None:
+        if message.HasField("complete"):
+            message.complete.response_tokens += 1
+
+    engine.change = miscount
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: error_of(client))
+    assert "breaks the contract: complete.response_tokens" in error_of(client)
+
+
+async def test_bad_numbers_cost_their_sequence_and_a_slot_without_two_valid_is_void(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Slot 1 loses a log-prob, slot 2 a route, slot 3 three log-probs of four sequences."""
+
+    def spoil(request: pb.GenerateRequest, message: pb.GenerateResponse) -> None:
+        if not message.HasField("chunk"):
+            return
+        slot, chunk = request.id.slot, message.chunk
+        if chunk.HasField("token_ids") and (slot, chunk.sample) in {(1, 2), (3, 0), (3, 1), (3, 3)}:
+            bad = np.full(chunk.rollout_logprobs.shape, math.nan, np.float32)
+            fill(chunk.rollout_logprobs, bad)
+        if chunk.HasField("routes") and (slot, chunk.sample) == (2, 0):
+            fill(chunk.routes, np.full(chunk.routes.shape, 200, np.uint8))
+
+    engine.change = spoil
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    found = envelopes(client)
+    assert [s.invalid_reason for s in found[1].group.sequences] == [
+        "",
+        "",
+        "a rollout log-prob is not finite",
+        "",
+    ]
+    reasons = [s.invalid_reason for s in found[2].group.sequences]
+    assert reasons == ["invalid routes: they differ from the engine's checksum", "", "", ""]
+    assert not found[2].group.sequences[0].HasField("routes")
+    assert found[3].void.reason == (
+        "1 of 4 responses are valid, 2 needed; the first fault: a rollout log-prob is not finite"
+    )
+
+
+async def test_prompts_that_are_too_long_are_void_before_cohorts_are_formed(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    engine.max_sequence_tokens = 29  # "12*3=" and 24 more; "123*4=" is one too long
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    kinds = Counter(e.WhichOneof("payload") for e in envelopes(client))
+    assert kinds["void"] > 0 < kinds["group"]
+    assert {request.cohort.size for request in engine.requests} == {kinds["group"]}
+    reason = next(e.void.reason for e in envelopes(client) if e.HasField("void"))
+    assert reason == "prompt of 6 tokens + max_tokens 24 = 30; the model takes 29"
+
+
+async def test_a_collector_restarted_mid_lap_goes_on_from_redis(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Killed with 3 of 8 slots out; the second adds the other 5, the same as an undisturbed one."""
+    spec = make_spec()
+    write_run(client, spec, artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    undisturbed = [without_times(envelope) for envelope in envelopes(client)]
+    client.delete("keel:groups:r")
+    forever = asyncio.Event()
+    waits: set[int] = {0, 2, 4, 6, 7}
+    answer = engine.Generate
+
+    async def some(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        if request.id.slot in waits:
+            await forever.wait()
+        await answer(request, context)
+
+    engine.Generate = some  # type: ignore[method-assign]
+    await engine.stop()
+    engine.address = await engine.start()
+    client.hset(run_key("r"), "engines", json.dumps([engine.address]))
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 3)
+    waits.clear()
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        await asyncio.sleep(0.2)
+    assert [without_times(envelope) for envelope in envelopes(client)] == undisturbed
+
+
+async def test_redis_away_mid_lap_loses_and_repeats_nothing(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    engine.go.clear()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: len(engine.requests) == 8)
+        server.stop()
+        engine.go.set()
+        await until(lambda: engine.answered == 8)
+        await asyncio.sleep(0.5)
+        server.start()
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        await asyncio.sleep(0.2)
+    assert [envelope.id.slot for envelope in envelopes(client)] == list(range(8))
+    assert len(engine.requests) == 8
+
+
+async def test_an_engine_away_mid_lap_is_waited_for(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """The gateway leases another one: the same cohort goes there."""
+    engine.go.clear()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    other = ScriptedEngine()
+    async with collector(server.url):
+        await until(lambda: len(engine.requests) == 8)
+        await engine.stop()
+        await asyncio.sleep(0.3)
+        client.hset(run_key("r"), "engines", json.dumps([await other.start()]))
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    await other.stop()
+    assert {r.cohort.id for r in other.requests} == {"0/0/train/0"}
+    assert other.requests[0].cohort.try_number > engine.requests[0].cohort.try_number
+
+
+async def test_evaluation_comes_first_and_once(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """300 held-out prompts in cohorts of 256 and 44; the engine errs on those of 2 digits."""
+    wrong: set[bytes] = set()
+
+    def err(request: pb.GenerateRequest, message: pb.GenerateResponse) -> None:
+        short = request.prompt_token_ids.shape[0] == 5
+        if short and message.HasField("chunk") and request.purpose == pb.PURPOSE_EVALUATION:
+            wrong.add(request.id.SerializeToString())
+            ids = np.array([2, *[3] * (message.chunk.token_ids.shape[0] - 1)], np.int32)
+            fill(message.chunk.token_ids, ids)
+
+    engine.change = err
+    spec = make_spec(evaluation={"every": 2, "samples": 300})
+    write_run(client, spec, artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    row = json.loads(client.hget(metrics_key("r"), "0:0:evaluation"))
+    assert 0 < len(wrong) < 300
+    assert row == {"step": 0, "accuracy/eval": (300 - len(wrong)) / 300}
+    asked, trained = engine.requests[:300], engine.requests[300:]
+    assert Counter(r.cohort.id for r in asked) == {"0/0/evaluation/0": 256, "0/0/evaluation/1": 44}
+    assert {(r.sampling.temperature, r.num_samples, r.with_routes) for r in asked} == {
+        (0, 1, False)
+    }
+    assert {r.purpose for r in trained} == {pb.PURPOSE_TRAINING}
+    prompts = {r.prompt_token_ids.data for r in asked}
+    assert not prompts & {r.prompt_token_ids.data for r in trained}
+    engine.requests.clear()
+    client.hset(run_key("r"), "policy_version", 2)  # the last version: evaluated, nothing sampled
+    async with collector(server.url):
+        await until(lambda: client.hexists(metrics_key("r"), "0:4:evaluation"))
+        await asyncio.sleep(0.2)
+    assert {r.id.lap for r in engine.requests} == {2}
+    assert {r.prompt_token_ids.data for r in engine.requests} == prompts
+
+
+async def test_demonstrations_keep_ahead_of_the_trainer_by_a_bounded_number(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(produce, "DEMONSTRATIONS_OUTSTANDING", 5)
+    key = demos_key("r")
+    spec = make_spec(cold_start={"steps": 12, "batch_size": 3})
+    write_run(client, spec, artifact, engine.address, phase="COLD_START")
+    async with collector(server.url):
+        await until(lambda: client.xlen(key) == 5)
+        await asyncio.sleep(0.2)
+        assert client.xlen(key) == 5
+    first = envelopes(client, key=key)
+    assert [envelope.id.lap for envelope in first] == [0, 1, 2, 3, 4]
+    assert [len(envelope.demonstrations.demonstrations) for envelope in first] == [3] * 5
+    # the trainer has taken all of them, and a new collector comes
+    client.hset(run_key("r"), "cold_start_step", 5)
+    client.xtrim(key, maxlen=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen(key) == 5)
+        # it takes two more, and a third collector comes
+    for entry, _ in client.xrange(key, count=2):
+        client.xdel(key, entry)
+    async with collector(server.url):
+        await until(lambda: client.xlen(key) == 5)
+        await asyncio.sleep(0.2)
+    assert [envelope.id.lap for envelope in envelopes(client, key=key)] == [7, 8, 9, 10, 11]
+
+
+async def test_a_cancelled_run_is_dropped_with_its_calls(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    engine.go.clear()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: len(engine.requests) == 8)
+        client.hset(run_key("r"), "desired", "CANCELLED")
+        await until(lambda: engine.cancelled == 8)
+
+
+async def test_runs_do_not_disturb_each_other(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path, tmp_path: Path
+) -> None:
+    """One run's artifact is missing, one record is not readable: the third is served."""
+    other = ScriptedEngine()
+    other.run = "other"
+    address = await other.start()
+    client.hset(run_key("broken"), "spec", "{}")
+    client.zadd("keel:runs", {"broken": 1})
+    write_run(client, make_spec(), tmp_path / "nowhere", engine.address, policy_version=0)
+    write_run(client, make_spec(), artifact, address, run="other", policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:other") == 8)
+        await until(lambda: error_of(client))
+    await other.stop()
+    assert "tokenizer.json' is not a file" in error_of(client)

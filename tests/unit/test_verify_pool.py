@@ -1,0 +1,196 @@
+"""Verifiers that fail in every way, in real worker processes. Run as a script, this file is one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from keel_rollout.collector.tasks.base import Verdict
+from keel_rollout.collector.verify import Case, Judgement, VerifierPool
+from keel_rollout.collector.verify_worker import serve
+
+
+class Misbehaving:
+    """Does what the response says; the reward of a good one is the reference."""
+
+    def verify(self, prompt: str, response: str, reference: str) -> Verdict:
+        match response:
+            case "raise":
+                raise ValueError("no such answer")
+            case "exit":
+                sys.exit(0)
+            case "crash":
+                os._exit(3)
+            case "vanish":
+                os._exit(0)
+            case "abort":
+                os.abort()
+            case "spin":
+                while True:
+                    pass
+            case "spin in C":
+                pow(7, 10**9)
+            case "sleep":
+                time.sleep(3600)
+            case "nan":
+                return Verdict(float("nan"))
+            case "text":
+                return Verdict("much")  # type: ignore[arg-type]
+            case "print":
+                print("not an answer", flush=True)
+            case "close":
+                os.closerange(0, 64)
+                time.sleep(3600)
+            case "slow":
+                time.sleep(0.5)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return Verdict(float(reference), {"half": float(reference) / 2})
+
+
+if __name__ == "__main__":
+    serve({"misbehaving": Misbehaving()})
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[VerifierPool]:
+    pool = VerifierPool(
+        command=(sys.executable, str(Path(__file__))),
+        cpu_limit_s=0.3,
+        sleep_limit_s=1.0,
+        stop_limit_s=0.5,
+    )
+    yield pool
+    await pool.close()
+
+
+async def judge(pool: VerifierPool, *responses: str) -> list[Judgement]:
+    """Response i has reference i."""
+    cases = [Case("", response, str(index)) for index, response in enumerate(responses)]
+    return await pool.verify("misbehaving", cases)
+
+
+def good(reference: float) -> Judgement:
+    return Judgement(reference, {"half": reference / 2})
+
+
+@pytest.mark.parametrize(
+    ("response", "fault"),
+    [
+        ("raise", "raised ValueError: no such answer"),
+        ("exit", "raised SystemExit: 0"),
+        ("crash", "ended its process with exit code 3"),
+        ("vanish", "ended its process with exit code 0"),
+        ("abort", "crashed with SIGABRT"),
+        ("spin", "used more than 0.3 s of CPU time"),
+        ("spin in C", "used more than 0.3 s of CPU time"),
+        ("sleep", "hung: it slept for 1 s"),
+        ("nan", "gave a reward of nan"),
+        ("text", "raised ValueError: could not convert string to float: 'much'"),
+    ],
+)
+async def test_a_failing_verifier_costs_one_response(
+    pool: VerifierPool, response: str, fault: str
+) -> None:
+    judgements = await judge(pool, "a", response, "b", response, "c")
+    assert [judgements[index] for index in (0, 2, 4)] == [good(0.0), good(2.0), good(4.0)]
+    assert [judgements[index].fault for index in (1, 3)] == [f"verifier misbehaving {fault}"] * 2
+    assert await judge(pool, "a") == [good(0.0)]
+
+
+async def test_what_a_verifier_prints_is_no_answer(pool: VerifierPool) -> None:
+    assert await judge(pool, "print", "a") == [good(0.0), good(1.0)]
+
+
+async def test_a_verifier_that_closes_every_file_costs_one_response(pool: VerifierPool) -> None:
+    judgements = await judge(pool, "a", "close", "b")
+    assert [bool(judgement.fault) for judgement in judgements] == [False, True, False]
+
+
+async def test_many_short_responses_take_well_under_a_tenth_of_a_second() -> None:
+    pool = VerifierPool()
+    case = Case("347*6=", "7642 4628 3620 =2082<end>", "2082")
+    await pool.verify("multiplication", [case])
+    began = time.perf_counter()
+    judgements = [j for _ in range(64) for j in await pool.verify("multiplication", [case] * 8)]
+    took_s = time.perf_counter() - began
+    await pool.close()
+    assert judgements == [Judgement(1.0, {"correct": 1.0, "formed": 1.0})] * 512
+    assert took_s < 0.1
+
+
+def worker() -> psutil.Process:
+    """The one worker process of this test."""
+    name = Path(__file__).name
+    (child,) = (c for c in psutil.Process().children() if name in " ".join(c.cmdline()))
+    return child
+
+
+async def while_judging(
+    pool: VerifierPool, disturb: Callable[[psutil.Process], None]
+) -> list[Judgement]:
+    """Judges "a", "slow", "b" and disturbs the worker in the middle of "slow"."""
+    await judge(pool, "warm")
+    judging = asyncio.create_task(judge(pool, "a", "slow", "b"))
+    await asyncio.sleep(0.2)
+    disturb(worker())
+    return await judging
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_a_worker_killed_from_outside_changes_nothing(
+    pool: VerifierPool, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        judgements = await while_judging(pool, lambda process: process.send_signal(number))
+    assert judgements == [good(0.0), good(1.0), good(2.0)]
+    assert f"was killed by {number.name}; its response is judged again" in caplog.text
+
+
+async def test_a_worker_stopped_for_good_is_replaced(pool: VerifierPool) -> None:
+    judgements = await while_judging(pool, lambda process: process.suspend())
+    assert judgements == [good(0.0), good(1.0), good(2.0)]
+
+
+async def test_a_pause_shorter_than_that_changes_nothing(pool: VerifierPool) -> None:
+    def pause(process: psutil.Process) -> None:
+        process.suspend()
+        asyncio.get_running_loop().call_later(0.3, process.resume)
+
+    assert await while_judging(pool, pause) == [good(0.0), good(1.0), good(2.0)]
+
+
+async def test_a_response_that_always_kills_its_worker_is_given_up(pool: VerifierPool) -> None:
+    judgements = await judge(pool, "a", "kill", "b")
+    assert [judgements[0], judgements[2]] == [good(0.0), good(2.0)]
+    assert judgements[1].fault == (
+        "verifier misbehaving: its worker was killed by SIGKILL, 6 times"
+    )
+
+
+async def test_a_cancelled_call_leaves_no_answer_behind(pool: VerifierPool) -> None:
+    judging = asyncio.create_task(judge(pool, "a", "slow", "b"))
+    await asyncio.sleep(0.3)
+    judging.cancel()
+    await asyncio.wait({judging})
+    assert await judge(pool, "c", "d") == [good(0.0), good(1.0)]
+
+
+async def test_workers_judge_side_by_side() -> None:
+    """Four responses of 0.5 s sleep on two workers: 1 s, where one would need 2."""
+    pool = VerifierPool(2, command=(sys.executable, str(Path(__file__))))
+    await asyncio.gather(judge(pool, "warm"), judge(pool, "warm"))
+    began = time.perf_counter()
+    await asyncio.gather(*(judge(pool, "slow") for _ in range(4)))
+    took_s = time.perf_counter() - began
+    await pool.close()
+    assert 1.0 <= took_s < 1.8
