@@ -58,7 +58,12 @@ class Scheduler:
         if record.phase.final:
             return ""
         if record.trainer:
-            return self._trouble.get(record.run, "")
+            expected = ""
+            if record.desired is Desired.CANCELLED:
+                expected = f"trainer {record.trainer} is stopping it"
+            elif record.phase is Phase.QUEUED:
+                expected = f"trainer {record.trainer} is starting it"
+            return self._trouble.get(record.run, expected)
         return self._waiting.get(record.run, "waits for the scheduler's next pass")
 
     def wake(self, run: str) -> None:

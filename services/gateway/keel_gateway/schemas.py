@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from google.protobuf.json_format import MessageToDict
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from keel.metrics import COLUMNS
 from keel.record import Desired, Phase, RunRecord
 from keel.rollout.v1 import rollout_service_pb2
 from keel.spec import RunSpec
@@ -30,7 +31,7 @@ class Job(_Answer):
     desired: Desired
     """What its user wants of it."""
     reason: str
-    """Why it does not go on (it waits for an engine, its trainer does not answer); else empty."""
+    """What it waits for (an engine, an answer of its trainer, its start or stop); else empty."""
     spec: RunSpec
     """What was submitted, defaults filled in."""
     created_at: datetime
@@ -98,10 +99,12 @@ class JobList(_Answer):
 
 
 class Metrics(_Answer):
-    """Metric rows of a job; docs/metrics.md has the columns."""
+    """Metric rows of a job."""
 
-    rows: list[dict[str, float | int | None]]
-    """One a step, ascending; null where a value was not finite. Step 0 has only an evaluation."""
+    rows: list[dict[str, float | int | None]] = Field(
+        description="One a step, ascending; null where a value was not finite. Step 0 has only an "
+        "evaluation. Columns:\n\n" + "\n".join(f"- `{k}`: {v}" for k, v in COLUMNS.items())
+    )
     evaluation: dict[str, float | int | None] | None
     """The newest evaluation, whatever `after` is: it arrives later than the row of its step."""
 
