@@ -10,6 +10,7 @@ joining between steps. Commands are carried out between steps, in the order in w
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 from collections import deque
@@ -80,7 +81,15 @@ class Worker(threading.Thread):
         self._commands.put(function)
 
     def run(self) -> None:
-        """The thread's body."""
+        """The thread's body. A bug here ends the process, so that no deaf engine looks healthy."""
+        try:
+            self._run()
+        except BaseException:
+            log.critical("the compute thread died; so does the engine", exc_info=True)
+            logging.shutdown()
+            os._exit(1)
+
+    def _run(self) -> None:
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while not self._closed:
