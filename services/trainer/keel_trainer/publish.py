@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
 """Length of the probe."""
-PROBE_FACTOR, PROBE_FLOOR = 10.0, 0.02
+PROBE_FACTOR, PROBE_FLOOR = 5.0, 0.02
 """A version is proved if the median |d log p| of the probe is at most max(factor x gap at first
 load, floor in nats). The median, because a few unlikely tokens carry most of a coarse engine's
 mean gap."""
@@ -187,7 +187,7 @@ class Publisher:
         gap = statistics.median(abs(a - float(b)) for a, b in zip(ours, theirs, strict=True))
         if self.first_gap is None:
             self.first_gap = gap
-            log.info("%s: probe gap at first load %.2g nats", address, gap)
+        log.info("%s: version %d, probe gap %.2g nats", address, version.number, gap)
         limit = max(PROBE_FACTOR * self.first_gap, PROBE_FLOOR)
         if not gap <= limit:
             raise IntegrityError(
