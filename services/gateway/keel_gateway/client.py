@@ -1,0 +1,196 @@
+"""The gateway's REST interface as a Python client. The CLI is built on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from keel.errors import InvalidField, KeelError
+from keel.metrics import Row
+from keel.spec import RunSpec
+from keel_gateway.schemas import Engine, EngineList, Job, JobList, Metrics
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_DIR = Path("runs")
+"""Folder of `keel up`, in the working directory."""
+STATE_FILE = "stack.json"
+"""In that folder: where the gateway is, while it is up."""
+TIMEOUT_S = 30.0
+_DIRECT = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
+"""Never through the environment's proxy."""
+ROWS_PER_PAGE = 1000
+LATEST = "latest"
+"""Stands for the job submitted last."""
+JOBS_SEARCHED = 1000
+
+
+class Unreachable(KeelError):
+    """Nothing answers at the gateway's address, or it cannot work now. A retry may help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault of a request, as the gateway names it."""
+
+    field: str
+    value: object
+    valid: str
+
+
+class ProblemError(KeelError):
+    """The gateway refused a request (RFC 9457): the status says who can mend it."""
+
+    def __init__(self, status_code: int, title: str, detail: str, faults: Sequence[Fault]) -> None:
+        self.status_code, self.title, self.detail, self.faults = status_code, title, detail, faults
+        super().__init__(f"{title}: {detail}" if detail else title)
+
+    @property
+    def callers_fault(self) -> bool:
+        """The request was wrong; sent again it fails again."""
+        return 400 <= self.status_code < 500
+
+    @classmethod
+    def from_answer(cls, answer: httpx.Response) -> ProblemError:
+        """What a failed answer says, be it problem+json or something else in between."""
+        try:
+            body = answer.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return cls(answer.status_code, f"HTTP {answer.status_code}", answer.text[:500], ())
+        faults = [
+            Fault(str(item.get("field")), item.get("value"), str(item.get("valid")))
+            for item in body.get("errors", [])
+        ]
+        title = str(body.get("title", f"HTTP {answer.status_code}"))
+        return cls(answer.status_code, title, str(body.get("detail", "")), faults)
+
+
+class GatewayClient:
+    """Jobs, metrics and engines of one gateway. Errors: Unreachable, ProblemError.
+
+    Example:
+        with GatewayClient("http://127.0.0.1:8080") as client:
+            job = client.submit(load_spec(Path("job.toml")))
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S, mounts=_DIRECT)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InvalidField("--url", url, f"the gateway's URL, such as {DEFAULT_URL}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def missing(self) -> str:
+        """What the gateway still needs before a job could run; empty when it is ready."""
+        try:
+            self._call("GET", "/readyz")
+        except Unreachable as error:
+            return str(error)
+        return ""
+
+    def submit(self, spec: RunSpec) -> Job:
+        """Queues a run. What the spec leaves to defaults, it leaves to the gateway."""
+        return Job.model_validate(
+            self._call("POST", "/v1/jobs", json=spec.model_dump(mode="json", exclude_unset=True))
+        )
+
+    def jobs(self, limit: int = 100) -> list[Job]:
+        """The jobs submitted last, newest first."""
+        return JobList.model_validate(self._call("GET", "/v1/jobs", params={"limit": limit})).jobs
+
+    def job(self, run: str) -> Job:
+        """The job of this id."""
+        return Job.model_validate(self._call("GET", _path(run)))
+
+    def find(self, text: str) -> Job:
+        """The job that `text` means: an id, a prefix that only one id has, or "latest"."""
+        jobs = self.jobs(JOBS_SEARCHED)
+        if text == LATEST and jobs:
+            return jobs[0]
+        found = [job for job in jobs if job.id == text] or [
+            job for job in jobs if text and job.id.startswith(text)
+        ]
+        if len(found) == 1:
+            return found[0]
+        shown = [job.id for job in (found or jobs)[:5]]
+        known = f"{', '.join(shown)}{', ...' if len(found or jobs) > len(shown) else ''}"
+        if found:
+            raise InvalidField("JOB", text, f"a prefix of only one of {known}; or {LATEST!r}")
+        raise InvalidField(
+            "JOB", text, f"{known}; or {LATEST!r}" if jobs else "nothing yet: no job"
+        )
+
+    def cancel(self, run: str) -> Job:
+        """Asks for the end of a job; its phase follows when the trainer has stopped."""
+        return Job.model_validate(self._call("POST", f"{_path(run)}/cancel"))
+
+    def metrics(self, run: str, *, after: int = -1) -> Metrics:
+        """Every row of a step after `after`, and the newest evaluation."""
+        rows: list[Row] = []
+        while True:
+            page = Metrics.model_validate(
+                self._call(
+                    *("GET", f"{_path(run)}/metrics"),
+                    params={"after": after, "limit": ROWS_PER_PAGE},
+                )
+            )
+            rows += page.rows
+            if len(page.rows) < ROWS_PER_PAGE:
+                return Metrics(rows=rows, evaluation=page.evaluation)
+            after = int(rows[-1]["step"])
+
+    def engines(self) -> list[Engine]:
+        """Every engine that the gateway was told of."""
+        return EngineList.model_validate(self._call("GET", "/v1/engines")).engines
+
+    def _call(self, method: str, path: str, **request: Any) -> Any:
+        try:
+            answer = self._http.request(method, path, **request)
+        except httpx.RequestError as error:
+            raise Unreachable(
+                f"no gateway answers at {self.url} ({error}). Start one with `keel up`, or say "
+                "where it is with --url or KEEL_URL"
+            ) from error
+        if answer.is_success:
+            return answer.json()
+        problem = ProblemError.from_answer(answer)
+        if answer.status_code in (502, 503, 504):
+            raise Unreachable(f"the gateway at {self.url} cannot work now: {problem.detail}")
+        raise problem
+
+
+def find_url(given: str | None) -> str:
+    """The gateway's URL: as given, else KEEL_URL, else where `keel up` runs here, else the usual.
+
+    `keel up` leaves it in its folder; only the folder `runs` is looked into.
+    """
+    if url := given or os.environ.get("KEEL_URL"):
+        return url
+    try:
+        return str(json.loads((DEFAULT_DIR / STATE_FILE).read_text())["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_URL
+
+
+def _path(run: str) -> str:
+    return f"/v1/jobs/{quote(run, safe='')}"

@@ -1,0 +1,110 @@
+"""`keel run`: one job from nothing to its report, on a stack that lives as long as it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from keel.errors import InvalidField
+from keel.metrics import Row
+from keel.record import Phase
+from keel.spec import RunSpec
+from keel_gateway.client import GatewayClient
+from keel_gateway.follow import follow
+from keel_gateway.report import write_report
+from keel_gateway.schemas import Job
+from keel_gateway.stack import Stack, is_stack, lock_folder
+from keel_gateway.summary import Summary, duration
+from keel_gateway.watch import POLL_S, watch
+
+JOB, METRICS, REPORT, MODEL, STACK = (
+    "job.json",
+    "metrics.jsonl",
+    "report.html",
+    "model",
+    "stack",
+)
+"""What it leaves in its folder. The stack's folder has the logs and the checkpoints."""
+
+
+def run_local(spec: RunSpec, out: Path, console: Console, *, device: str, threads: int) -> bool:
+    """Runs `spec` on a stack of its own and leaves job, metrics, report and model in `out`.
+
+    Also of a run that fails: all but the model. True if the run succeeded.
+
+    Raises:
+        InvalidField: `out` has something else in it.
+        StackError: the services do not come up.
+    """
+    began = time.monotonic()
+    prepare(out)
+    console.print(f"Starting Keel's services; logs in {out / STACK / 'logs'}", highlight=False)
+    with Stack(out / STACK, device=device, threads=threads) as stack:
+        with GatewayClient(stack.url) as client:
+            job = client.submit(spec)
+            console.print(f"Job {job.id} at {stack.url}/v1/jobs/{job.id}", highlight=False)
+            try:
+                job = watch(follow(client, job.id, every_s=POLL_S), console)
+            finally:
+                rows = client.metrics(job.id).rows
+                job = client.job(job.id)
+                leave(job, rows, out)
+        if job.model:
+            shutil.copytree(job.model, out / MODEL)
+    tell(job, rows, out, console, seconds=time.monotonic() - began)
+    return job.phase is Phase.SUCCEEDED
+
+
+def prepare(out: Path) -> None:
+    """Empties `out` of an earlier run. InvalidField if anything else is in it, or a run goes on."""
+    if out.exists() and not out.is_dir():
+        raise InvalidField("--out", str(out), "a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    there = {path.name for path in out.iterdir()}
+    stack = out / STACK
+    if there and not is_stack(stack):
+        raise InvalidField("--out", str(out), "a new or empty folder, or that of an earlier run")
+    if there:
+        lock_folder(stack, "--out").close()
+    for name in {JOB, METRICS, REPORT} & there:
+        (out / name).unlink()
+    for name in (MODEL, STACK):  # the mark that the folder is ours goes last
+        if name in there:
+            shutil.rmtree(out / name)
+
+
+def leave(job: Job, rows: list[Row], out: Path) -> None:
+    """Writes job.json, metrics.jsonl and report.html."""
+    (out / JOB).write_text(job.model_dump_json(indent=2) + "\n")
+    (out / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(out / REPORT, job.model_dump(mode="json"), rows)
+
+
+def tell(job: Job, rows: list[Row], out: Path, console: Console, *, seconds: float) -> None:
+    """Prints what came of the run, and where everything is."""
+    found = Summary.of(rows)
+    lines = [f"{job.id} {job.phase} after {duration(seconds)}, {found.steps} of {job.steps} steps"]
+    if job.error:
+        lines.append(f"Error: {job.error}")
+    if found.reward_first is not None and found.reward_last is not None:
+        lines.append(
+            f"Mean reward, first tenth of the steps {found.reward_first:.3f}, "
+            f"last tenth {found.reward_last:.3f} ({found.reward_last - found.reward_first:+.3f})"
+        )
+    if found.accuracy_first is not None and found.accuracy_last is not None:
+        lines.append(
+            f"Held-out accuracy {found.accuracy_first:.3f} -> {found.accuracy_last:.3f} (greedy)"
+        )
+    if found.steps:
+        lines.append(found.replay)
+    lines.append(f"Report  {out / REPORT}")
+    if job.model:
+        lines.append(f"Model   {out / MODEL}")
+    if job.phase is not Phase.SUCCEEDED:
+        lines.append(f"Logs    {out / STACK / 'logs'}")
+    for text in lines:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
