@@ -241,7 +241,7 @@ async def test_a_newer_try_overtakes_an_older_one(client: EngineClient, model_a:
 async def test_a_newer_try_overtakes_a_running_one(client: EngineClient, model_a: Any) -> None:
     """The same bits come from the resend as from an undisturbed cohort."""
     await serve(client, model_a)
-    calls = {"num_samples": 64, "max_tokens": 300, "stop": ()}
+    calls = {"num_samples": 64, "max_tokens": 300}
     undisturbed = await client.generate([5, 9], cohort=("u", 1, 0), **calls)
     running = asyncio.ensure_future(client.generate([5, 9], cohort=("x", 1, 0), **calls))
     await asyncio.sleep(0.1)

@@ -24,7 +24,7 @@ from keel.types.v1 import sequence_pb2
 
 pytest_plugins = ["engine_fixtures"]
 
-LONG = {"num_samples": 32, "max_tokens": 400}
+LONG = {"num_samples": 96, "max_tokens": 400}
 
 
 @pytest.fixture
@@ -38,6 +38,15 @@ async def serving(client: EngineClient, model_a: Any) -> EngineClient:
 def start(client: EngineClient, *, cohort: bool, **options: Any) -> asyncio.Task[list[Sampled]]:
     options = {**LONG, **options, "cohort": ("c", 1, 0) if cohort else None}
     return asyncio.ensure_future(client.generate([5, 9, 2], **options))
+
+
+async def under_way(client: EngineClient) -> None:
+    """Returns once sequences are in flight and have had time for some tokens, far from all."""
+    while await client.pause(pb.PAUSE_MODE_KEEP) == 0:
+        await client.resume()
+        await asyncio.sleep(0.01)
+    await client.resume()
+    await asyncio.sleep(0.1)
 
 
 def fits(model: Any, sequence: Sampled, begin: int, end: int) -> None:
@@ -56,14 +65,14 @@ async def test_an_update_in_the_middle_splits_versions_exactly(
 ) -> None:
     """Before the update log-probs and rows are a's, after it b's, at every single position."""
     running = start(serving, cohort=cohort)
-    await asyncio.sleep(0.25)
+    await under_way(serving)
     if paused:
-        assert await serving.pause(pb.PAUSE_MODE_KEEP) == 32
+        assert await serving.pause(pb.PAUSE_MODE_KEEP) == 96
         assert await serving.state() == pb.ENGINE_STATE_PAUSED
     await serving.publish(1, checkpoint(model_b))
     if paused:
         await serving.resume()
-    for sequence in (await running)[::8]:
+    for sequence in (await running)[::24]:
         (begin, middle, old), (after, end, new) = sequence.spans
         assert (begin, old, new, after, end) == (3, 0, 1, middle, 403)
         assert 3 < middle < 403
@@ -79,8 +88,8 @@ async def test_keep_without_an_update_changes_no_bit(serving: EngineClient) -> N
     undisturbed = await serving.generate([5, 9, 2], **LONG, cohort=("u", 1, 0))
     running = start(serving, cohort=True)
     for _ in range(2):
-        await asyncio.sleep(0.1)
-        assert await serving.pause(pb.PAUSE_MODE_KEEP) == 32
+        await under_way(serving)
+        assert await serving.pause(pb.PAUSE_MODE_KEEP) == 96
         await serving.resume()
     frozen = await running
     assert [s.bits() for s in frozen] == [s.bits() for s in undisturbed]
@@ -92,7 +101,7 @@ async def test_wait_finishes_what_runs_and_holds_back_what_does_not(
 ) -> None:
     """The running group is whole, all of version 0; the one that came later starts after Resume."""
     running = start(serving, cohort=False)
-    await asyncio.sleep(0.1)
+    await under_way(serving)
     pausing = asyncio.ensure_future(serving.pause(pb.PAUSE_MODE_WAIT))
     await asyncio.sleep(0.05)
     late = asyncio.ensure_future(serving.generate([5, 9, 2], max_tokens=4))
@@ -108,8 +117,8 @@ async def test_wait_finishes_what_runs_and_holds_back_what_does_not(
 async def test_abort_ends_at_once_with_what_there_is(serving: EngineClient, model_a: Any) -> None:
     """ABORTED, fewer tokens than asked, log-probs and rows valid up to there."""
     running = start(serving, cohort=True)
-    await asyncio.sleep(0.2)
-    assert await serving.pause(pb.PAUSE_MODE_ABORT) == 32
+    await under_way(serving)
+    assert await serving.pause(pb.PAUSE_MODE_ABORT) == 96
     group = await running
     for s in group:
         assert s.complete is not None
@@ -124,7 +133,7 @@ async def test_abort_ends_at_once_with_what_there_is(serving: EngineClient, mode
 async def test_resume_calls_off_a_pause_that_waits(serving: EngineClient) -> None:
     """The waiting Pause is ABORTED and generation goes on."""
     running = start(serving, cohort=False)
-    await asyncio.sleep(0.1)
+    await under_way(serving)
     pausing = asyncio.ensure_future(serving.pause(pb.PAUSE_MODE_WAIT))
     await asyncio.sleep(0.05)
     await serving.resume()
@@ -142,7 +151,7 @@ async def test_sigterm_ends_sequences_aborted_and_the_process_cleanly(model_a: A
             await client.load()
             await client.publish(0, checkpoint(model_a))
             running = start(client, cohort=False, max_tokens=500)
-            await asyncio.sleep(0.2)
+            await under_way(client)
             process.send_signal(signal.SIGTERM)
             group = await running
             assert {s.complete.finish_reason for s in group if s.complete} == {

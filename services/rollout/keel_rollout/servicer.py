@@ -28,7 +28,7 @@ from keel.weights.v1 import manifest_pb2
 from keel_rollout.engines.base import BrokenModel, Engine
 from keel_rollout.engines.messages import GroupMessages
 from keel_rollout.engines.requests import checked_request, checked_tokens
-from keel_rollout.engines.staging import Staging, check_manifest
+from keel_rollout.engines.staging import Staging, check_manifest, check_number
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
             if (manifest.policy_version, manifest.fingerprint) == self._served:
                 self._staging = None
                 return pb.BeginWeightUpdateResponse(already_served=True)
-            self._check_number(manifest.policy_version, manifest.fingerprint)
+            check_number(manifest, self._newest)
             if manifest.transport not in self._engine.abilities().transports:
                 raise InvalidField(
                     "manifest.transport", manifest.transport, "one of can.transports"
@@ -211,21 +211,6 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
             check_manifest(manifest, self._engine.tensors())
             self._staging = Staging(manifest)
             return pb.BeginWeightUpdateResponse()
-
-    def _check_number(self, version: int, fingerprint: int) -> None:
-        if self._newest is None or version > self._newest[0]:
-            return
-        newest, known = self._newest
-        if version < newest:
-            raise StateError(
-                f"manifest.policy_version: {version} is lower than {newest}, which this engine "
-                "has served; versions only grow"
-            )
-        if fingerprint != known:
-            raise StateError(
-                f"manifest.policy_version: {version} was served with fingerprint {known:#x}; "
-                "a number is never reused for other bits"
-            )
 
     def _staged(self, version: int) -> Staging:
         staging = self._staging

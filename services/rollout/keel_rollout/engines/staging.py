@@ -60,6 +60,27 @@ def check_manifest(
         )
 
 
+def check_number(manifest: manifest_pb2.WeightManifest, newest: tuple[int, int] | None) -> None:
+    """Refuses a version that is lower than the newest one served, or the same with other bits.
+
+    Args:
+        newest: number and fingerprint of the last version served; None before the first.
+    """
+    if newest is None or manifest.policy_version > newest[0]:
+        return
+    number, fingerprint = newest
+    if manifest.policy_version < number:
+        raise StateError(
+            f"manifest.policy_version: {manifest.policy_version} is lower than {number}, which "
+            "this engine has served; versions only grow"
+        )
+    if manifest.fingerprint != fingerprint:
+        raise StateError(
+            f"manifest.policy_version: {number} was served with fingerprint {fingerprint:#x}; "
+            "a number is never reused for other bits"
+        )
+
+
 class _Slot:
     """One tensor being filled, hashed as its bytes come."""
 

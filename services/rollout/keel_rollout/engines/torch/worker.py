@@ -10,13 +10,9 @@ joining between steps. Commands are carried out between steps, in the order in w
 from __future__ import annotations
 
 import logging
-import os
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import Any
 
 import torch
 
@@ -27,6 +23,7 @@ from keel_rollout.engines.base import BrokenModel, EngineFailed, Finished, Piece
 from keel_rollout.engines.torch.batch import Batch, Event, Job
 from keel_rollout.engines.torch.cohorts import Cohort, CohortBook
 from keel_rollout.engines.torch.model import Model
+from keel_rollout.engines.torch.thread import CommandThread
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +33,7 @@ STREAM_ROWS = 1024
 Delivery = tuple[Job, Piece | Finished | KeelError]
 
 
-class Worker(threading.Thread):
+class Worker(CommandThread):
     """Runs commands and steps. Every method but `call` and `post` is called in the thread itself.
 
     Args:
@@ -44,10 +41,9 @@ class Worker(threading.Thread):
     """
 
     def __init__(self, threads: int, deliver: Callable[[list[Delivery]], None]) -> None:
-        super().__init__(name="keel-compute", daemon=True)
+        super().__init__("keel-compute")
         self._threads = threads
         self._deliver = deliver
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: list[Delivery] = []
         self._closed = False
         self.model: Model | None = None
@@ -61,51 +57,19 @@ class Worker(threading.Thread):
         self._cohort: Batch | None = None
         self._stream: Batch | None = None
 
-    def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Has the thread call `function` between two steps."""
-        future: Future[Any] = Future()
-
-        def command() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
-
-        self._commands.put(command)
-        return future
-
-    def post(self, function: Callable[[], None]) -> None:
-        """As `call`, with nobody waiting."""
-        self._commands.put(function)
-
-    def run(self) -> None:
-        """The thread's body. A bug here ends the process, so that no deaf engine looks healthy."""
-        try:
-            self._run()
-        except BaseException:
-            log.critical("the compute thread died; so does the engine", exc_info=True)
-            logging.shutdown()
-            os._exit(1)
-
-    def _run(self) -> None:
+    def work(self) -> None:
+        """Admits, obeys and steps until closed."""
         torch.set_num_threads(self._threads)
         with torch.inference_mode():
             while not self._closed:
                 runnable = self._admit()
                 self._flush()
-                self._obey(block=not runnable)
+                self.obey(block=not runnable)
                 for batch in (self._cohort, self._stream):
-                    if batch is not None and not self._paused:
+                    if batch and not self._paused:
                         self._step(batch)
                 self._retire()
                 self._flush()
-
-    def _obey(self, *, block: bool) -> None:
-        while block or not self._commands.empty():
-            self._commands.get()()
-            block = False
 
     def _flush(self) -> None:
         if self._outbox:
@@ -165,7 +129,7 @@ class Worker(threading.Thread):
                 self._book.finish(cohort)
                 return
         self._running, self._cohort = cohort, self._batch()
-        self._guard(self._cohort, lambda batch: batch.add(jobs))
+        self._guard(self._cohort, jobs, lambda batch: batch.add(jobs))
 
     def _join(self) -> None:
         jobs = []
@@ -182,8 +146,9 @@ class Worker(threading.Thread):
             jobs.append(job)
             rows += need
         if jobs:
-            self._stream = self._stream or self._batch()
-            self._guard(self._stream, lambda batch: batch.add(jobs))
+            if self._stream is None:
+                self._stream = self._batch()
+            self._guard(self._stream, jobs, lambda batch: batch.add(jobs))
 
     def _batch(self) -> Batch:
         assert self.model is not None
@@ -199,18 +164,16 @@ class Worker(threading.Thread):
         )
 
     def _step(self, batch: Batch) -> None:
-        self._guard(batch, lambda batch: self._emit(batch.step()))
+        self._guard(batch, [], lambda batch: self._emit(batch.step()))
 
-    def _guard(self, batch: Batch, action: Callable[[Batch], None]) -> None:
-        """Fails a batch's jobs where computing it fails, and lives on."""
+    def _guard(self, batch: Batch, new: list[Job], action: Callable[[Batch], None]) -> None:
+        """Fails a batch's jobs, `new` ones included, where computing fails; and lives on."""
         try:
             action(batch)
         except Exception as error:
             log.exception("a batch failed")
-            jobs = {id(row.job): row.job for row in batch.rows}
-            if batch is self._cohort:
-                assert self._running is not None
-                jobs = {id(job): job for job in self._running.in_order()}
+            jobs = {id(job): job for job in (*new, *(row.job for row in batch.rows))}
+            if self._running is not None and batch is self._cohort:
                 self._forget(self._running)
             else:
                 self._stream = None
@@ -286,7 +249,7 @@ class Worker(threading.Thread):
         self.version = version
         for batch in (self._cohort, self._stream):
             if batch is not None:
-                self._guard(batch, lambda batch: batch.recompute(version))
+                self._guard(batch, [], lambda batch: batch.recompute(version))
 
     def _fail_all(self, error: KeelError) -> None:
         jobs = [*self._waiting, *self._book.waiting()]
