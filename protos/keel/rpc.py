@@ -30,6 +30,10 @@ OPTIONS: Sequence[tuple[str, int]] = (
     # below the client's keepalive, or the server would punish it with GOAWAY
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),
+    # a restarted peer is found again within seconds; the default lets two minutes pass
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 3_000),
 )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from keel.errors import InvalidField
 from keel.presets import PRESETS
@@ -23,6 +24,14 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Replay = Literal["auto", "none", "R2", "R3"]
+
+
+_ACROSS = "keel_across_fields"
+
+
+def _across(field: str, value: object, valid: str) -> PydanticCustomError:
+    """A complaint about one field that only the sight of another one allows."""
+    return PydanticCustomError(_ACROSS, "{valid}", {"field": field, "value": value, "valid": valid})
 
 
 class _Section(BaseModel):
@@ -123,18 +132,6 @@ class RolloutSpec(_Section):
     max_staleness: Literal[0] = 0
     """Laps that sampling may run ahead of training. 0: synchronous, as in the paper."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truncated_sampling(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            for key in ("top_p", "top_k", "min_p"):
-                if key in value:
-                    raise ValueError(
-                        f"{key} = {value[key]!r} is refused in training: truncated sampling would "
-                        "bias pi / mu. Leave it out; rollouts sample from the full vocabulary"
-                    )
-        return value
-
 
 class RecipeSpec(_Section):
     """[recipe]: the algorithm."""
@@ -184,10 +181,11 @@ class RecipeSpec(_Section):
     @model_validator(mode="after")
     def _whole_laps(self) -> Self:
         if self.steps % self.off_policiness:
-            raise ValueError(
-                f"steps = {self.steps} is not a multiple of "
-                f"off_policiness = {self.off_policiness}; nearest: "
-                f"{self.steps + -self.steps % self.off_policiness}"
+            raise _across(
+                "recipe.steps",
+                self.steps,
+                f"a multiple of recipe.off_policiness = {self.off_policiness}, such as "
+                f"{self.steps + -self.steps % self.off_policiness}",
             )
         return self
 
@@ -240,9 +238,11 @@ class RunSpec(_Section):
         for section in ("evaluation", "checkpoint"):
             every = getattr(self, section).every
             if every % self.recipe.off_policiness:
-                raise ValueError(
-                    f"{section}.every = {every} is not a multiple of recipe.off_policiness = "
-                    f"{self.recipe.off_policiness}: it falls on version boundaries"
+                raise _across(
+                    f"{section}.every",
+                    every,
+                    f"a multiple of recipe.off_policiness = {self.recipe.off_policiness}, since "
+                    "it falls on version boundaries",
                 )
         return self
 
@@ -279,19 +279,25 @@ def parse_spec(data: Any) -> RunSpec:
 
 def spec_errors(error: ValidationError) -> list[InvalidField]:
     """Every complaint of pydantic as field, value and what would be valid."""
-    return [
-        InvalidField(
-            ".".join(str(part) for part in item["loc"]) or "spec",
-            "missing" if item["type"] == "missing" else item["input"],
-            _valid(item["type"], item["msg"]),
+    return [_complaint(item) for item in error.errors(include_url=False)]
+
+
+def _complaint(item: ErrorDetails) -> InvalidField:
+    if item["type"] == _ACROSS:
+        return InvalidField(item["ctx"]["field"], item["ctx"]["value"], item["msg"])
+    field = ".".join(str(part) for part in item["loc"]) or "spec"
+    value = "missing" if item["type"] == "missing" else item["input"]
+    return InvalidField(field, value, _valid(field, item["type"], item["msg"]))
+
+
+def _valid(field: str, kind: str, message: str) -> str:
+    if field in ("rollout.top_p", "rollout.top_k", "rollout.min_p"):
+        return (
+            "leave it out: rollouts sample from the full vocabulary, truncated sampling would bias "
+            "pi / mu"
         )
-        for item in error.errors(include_url=False)
-    ]
-
-
-def _valid(kind: str, message: str) -> str:
     if kind == "extra_forbidden":
-        return "no such key; see docs/run-schema.md for the keys"
+        return "no such key; docs/run-schema.md has the keys"
     if kind == "missing":
         return "a value: this key is required"
     return message.removeprefix("Value error, ").removeprefix("Input should be ")

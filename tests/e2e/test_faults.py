@@ -19,9 +19,10 @@ from keel_gateway.stack import Stack
     [
         ({"recipe": {"stepz": 8}}, "recipe.stepz"),
         ({"recipe": {"steps": -4}}, "recipe.steps"),
-        ({"recipe": {"steps": 7}}, "recipe"),
+        ({"recipe": {"steps": 7}}, "recipe.steps"),
+        ({"evaluation": {"every": 6}}, "evaluation.every"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature"),
-        ({"rollout": {"top_p": 0.9}}, "rollout"),
+        ({"rollout": {"top_p": 0.9}}, "rollout.top_p"),
         ({"model": {"path": "preset:nothing"}}, "model.path"),
         ({"unknown": 1}, "unknown"),
     ],
@@ -43,8 +44,13 @@ def test_a_folder_that_is_no_model_fails_its_run_only(jobs: Jobs, stack: Stack) 
     jobs.run(job_spec(recipe={"steps": 4}))
 
 
-def test_responses_longer_than_the_model_takes_fail_with_the_field(jobs: Jobs) -> None:
-    state = jobs.wait(jobs.submit(job_spec(rollout={"max_tokens": 4096})))
+def test_responses_longer_than_the_model_takes_fail_with_the_field(
+    jobs: Jobs, taught: dict[str, Any]
+) -> None:
+    """A preset's limits are known at submission, a folder's only where the folder is."""
+    long = {"max_tokens": 4096}
+    assert jobs.http.post("/v1/jobs", json=job_spec(rollout=long)).status_code == 422
+    state = jobs.wait(jobs.submit(job_spec(model=taught, rollout=long)))
     assert state["phase"] == "FAILED"
     assert "rollout.max_tokens: 4096" in state["error"]
 
@@ -89,8 +95,10 @@ def kill(stack: Stack, name: str) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_jobs_survive_the_gateway(jobs: Jobs, stack: Stack, undisturbed: dict[str, Any]) -> None:
-    job = jobs.submit(job_spec())
+def test_jobs_survive_the_gateway(
+    jobs: Jobs, stack: Stack, undisturbed: dict[str, Any], taught: dict[str, Any]
+) -> None:
+    job = jobs.submit(job_spec(model=taught))
     jobs.wait(job, step=1)
     kill(stack, "gateway")
     deadline = time.monotonic() + 30

@@ -145,7 +145,7 @@ async def test_the_second_job_waits_for_the_first(house: House, stack: AsyncExit
         ({"no_such_key": 1}, "no_such_key", "no such key"),
         ({"recipe": {"steps": 8, "leraning_rate": 1}}, "recipe.leraning_rate", "no such key"),
         ({"recipe": {"steps": -8}}, "recipe.steps", "greater than"),
-        ({"recipe": {"steps": 7, "off_policiness": 4}}, "recipe", "multiple of off_policiness"),
+        ({"recipe": {"steps": 7, "off_policiness": 4}}, "recipe.steps", "multiple of recipe.off_policiness"),
         ({"rollout": {"top_p": 0.9}}, "rollout", "top_p"),
         ({"model": {"path": "preset:nothing"}}, "model.path", "preset:tiny-qwen3-moe"),
         ({"rollout": {"max_tokens": 512}}, "rollout.max_tokens", "1 to 511"),
