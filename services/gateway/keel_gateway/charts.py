@@ -29,7 +29,7 @@ class Line:
     """The column; with `made_of`, what is drawn instead."""
     colour: int
     made_of: str = ""
-    """"smooth" or "lap maximum" of the column."""
+    """"smooth", "lap maximum" or "complement" of the column; empty: the column itself."""
     faint: bool = False
     points: bool = False
     dotted: bool = False
@@ -43,19 +43,26 @@ class Line:
     @property
     def meaning(self) -> str:
         """What it says, in words."""
-        if self.made_of == "smooth":
-            return f"mean over the last {SMOOTHING_SHARE:.0%} of the steps"
-        if self.made_of:
-            return "largest of the lap's steps: in-step staleness"
+        match self.made_of:
+            case "smooth":
+                return f"mean over the last {SMOOTHING_SHARE:.0%} of the steps"
+            case "lap maximum":
+                return "largest of the lap's steps: in-step staleness"
+            case "complement":
+                return f"1 - ({COLUMNS[self.name]})"
         return COLUMNS[self.name]
 
     def values(self, rows: Sequence[Row]) -> list[float | None]:
         """One a row; None where it is missing."""
-        if self.made_of == "smooth":
-            return smooth([row.get(self.name) for row in rows])
-        if self.made_of:
-            return lap_maximum(rows, self.name)
-        return [row.get(self.name) for row in rows]
+        values = [row.get(self.name) for row in rows]
+        match self.made_of:
+            case "smooth":
+                return smooth(values)
+            case "lap maximum":
+                return lap_maximum(rows, self.name)
+            case "complement":
+                return [None if value is None else 1 - value for value in values]
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +157,7 @@ CHARTS: Sequence[Chart] = (
         (
             Line("routing/pair_disagree", 0),
             Line("routing/token_disagree", 1),
-            Line("routing/overlap", 2, dotted=True),
+            Line("routing/overlap", 2, made_of="complement", dotted=True),
         ),
         share=True,
     ),

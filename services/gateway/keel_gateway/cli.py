@@ -15,12 +15,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from keel.record import Phase
 from keel.spec import load_spec
-from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
 from keel_gateway.cli_group import RUN_FAILED, KeelGroup, out
+from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
 from keel_gateway.follow import follow
 from keel_gateway.report import write_report
 from keel_gateway.run_local import run_local
@@ -73,7 +74,8 @@ def up(
         out.print(f"Keel is up at [bold]{stack.url}[/] (API pages: {stack.url}/docs)")
         out.print("Submit a job:  keel submit examples/multiplication.toml --watch")
         try:
-            signal.pause()
+            while True:
+                signal.pause()
         except KeyboardInterrupt:
             out.print("Stopping; jobs go on from their last checkpoint when Keel is up again")
 
@@ -94,7 +96,7 @@ def submit(
         else:
             out.print(job.id)
             if job.reason:
-                out.print(f"[dim]{job.reason}[/]")
+                out.print(job.reason, style="dim", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -109,7 +111,7 @@ def jobs(
     for job in found:
         age = duration((datetime.now(UTC) - job.created_at).total_seconds())
         note = job.error or job.reason
-        table.add_row(job.id, str(job.phase), f"{job.step}/{job.steps}", age, note)
+        table.add_row(job.id, str(job.phase), f"{job.step}/{job.steps}", age, escape(note))
     out.print(table if found else "No jobs yet: keel submit FILE")
 
 
@@ -135,9 +137,8 @@ def engines(url: Url = None) -> None:
         found = client.engines()
     table = Table("Address", "Kind", "State", "Job", "Note", box=None, header_style="dim")
     for engine in found:
-        table.add_row(
-            engine.address, engine.kind or "?", engine.state or "?", engine.run, engine.problem
-        )
+        note = escape(engine.problem)
+        table.add_row(engine.address, engine.kind or "?", engine.state or "?", engine.run, note)
     out.print(table if found else "The gateway was told of no engine (KEEL_ENGINES)")
 
 

@@ -1,4 +1,4 @@
-"""What all of `keel` share: errors as sentences with an exit status, and commands from elsewhere."""
+"""What all of `keel` shares: errors as sentences with an exit status, commands from elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_FAILED, BAD_INPUT, NO_GATEWAY = 1, 2, 3
 GROUP = "keel.commands"
 """Entry points of other distributions: a name, and a typer.Typer or a function for typer."""
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
 class KeelGroup(TyperGroup):
@@ -45,7 +45,7 @@ class KeelGroup(TyperGroup):
             return super().invoke(ctx)
         except KeelError as error:
             for text in sentences(error):
-                err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+                err.print(text, style="red", markup=False, soft_wrap=True)
             raise typer.Exit(status(error)) from error
 
 

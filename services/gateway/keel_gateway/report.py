@@ -37,6 +37,8 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
 """The browser itself keeps the page off the network."""
+NONE = "-"
+"""Stands for a number that there is not."""
 _NOT_MEASURED = ("step", "lap", "policy_version")
 
 
@@ -196,11 +198,11 @@ def _assign(values: Mapping[str, Any]) -> list[str]:
 
 
 def _pair(first: float | None, last: float | None, form: str) -> str:
-    return f"{_number(first, form)} → {_number(last, form)}" if first is not None else "–"
+    return f"{_number(first, form)} → {_number(last, form)}" if first is not None else NONE
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return NONE if value is None else format(value, form)
 
 
 def _when(job: Job) -> str:
@@ -210,7 +212,7 @@ def _when(job: Job) -> str:
 
 def _took(job: Job) -> str:
     started, finished = _time(job.get("started_at")), _time(job.get("finished_at"))
-    return duration((finished - started).total_seconds()) if started and finished else "–"
+    return duration((finished - started).total_seconds()) if started and finished else NONE
 
 
 def _time(text: object) -> datetime | None:

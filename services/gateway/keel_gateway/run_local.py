@@ -42,11 +42,11 @@ def run_local(spec: RunSpec, out: Path, console: Console, *, device: str, thread
     """
     began = time.monotonic()
     prepare(out)
-    console.print(f"Starting Keel's services; logs in {out / STACK / 'logs'}", highlight=False)
+    say(console, f"Starting Keel's services; logs in {out / STACK / 'logs'}")
     with Stack(out / STACK, device=device, threads=threads) as stack:
         with GatewayClient(stack.url) as client:
             job = client.submit(spec)
-            console.print(f"Job {job.id} at {stack.url}/v1/jobs/{job.id}", highlight=False)
+            say(console, f"Job {job.id} at {stack.url}/v1/jobs/{job.id}")
             try:
                 job = watch(follow(client, job.id, every_s=POLL_S), console)
             finally:
@@ -107,4 +107,9 @@ def tell(job: Job, rows: list[Row], out: Path, console: Console, *, seconds: flo
     if job.phase is not Phase.SUCCEEDED:
         lines.append(f"Logs    {out / STACK / 'logs'}")
     for text in lines:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
+        say(console, text)
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)

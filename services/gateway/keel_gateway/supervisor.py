@@ -97,7 +97,10 @@ class Supervisor:
             self._wait_until_ready(running.service, deadline)
 
     def stop(self) -> None:
-        """Stops all, the last started first. Whatever interrupts it, nothing is left running."""
+        """Stops all, the last started first; may be repeated.
+
+        Whatever interrupts it, nothing is left running.
+        """
         self._stopping.set()
         try:
             with self._lock:
@@ -186,11 +189,10 @@ class Supervisor:
             self._guardian.stdin.flush()
 
     def _close_guardian(self) -> None:
-        if self._guardian is not None and self._guardian.stdin is not None:
+        if self._guardian is not None:
             with suppress(BrokenPipeError):
-                self._guardian.stdin.write(b"\n")
-                self._guardian.stdin.close()
-            self._guardian.wait()
+                self._guardian.communicate(b"\n")
+            self._guardian = None
 
     def _tail(self, name: str) -> str:
         path = self.log_file(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -116,9 +117,7 @@ def curve(values: Sequence[float]) -> str:
     """Values as a row of bars, means of equal parts, scaled to their range."""
     parts = min(_CURVE_CHARACTERS, len(values))
     cuts = [round(i * len(values) / parts) for i in range(parts + 1)]
-    means = [
-        sum(values[begin:end]) / (end - begin) for begin, end in zip(cuts, cuts[1:], strict=False)
-    ]
+    means = [sum(values[begin:end]) / (end - begin) for begin, end in pairwise(cuts)]
     low, high = min(means), max(means)
     scale = (len(_BARS) - 2) / (high - low) if high > low else 0.0
     bars = "".join(_BARS[1 + round((value - low) * scale)] for value in means)

@@ -4,6 +4,11 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const touch = matchMedia("(pointer: coarse)").matches; // a drag must scroll the page there
 
+  const decades = (chart) => {
+    const values = chart.traces.flatMap((trace) => trace.y);
+    return Math.log10(values.reduce((a, b) => Math.max(a, b)) / values.reduce((a, b) => Math.min(a, b)));
+  };
+
   const draw = () => {
     const css = getComputedStyle(document.documentElement);
     const colour = (name) => css.getPropertyValue(name).trim();
@@ -21,11 +26,11 @@
         margin: { l: 8, r: 8, t: 10, b: 34 },
         showlegend: false, hovermode: "x unified", dragmode: touch ? false : "zoom",
         hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text"), size: 12 }, align: "left" },
-        xaxis: { ...axis, title: { text: "step", standoff: 6 }, rangemode: "tozero", hoverformat: "d", unifiedhovertitle: { text: "step %{x}" } },
+        xaxis: { ...axis, title: { text: "step", standoff: 6 }, rangemode: "tozero", hoverformat: "d", unifiedhovertitle: { text: "step %{x}" }, spikecolor: colour("--soft"), spikethickness: -1 },
         yaxis: {
           ...axis, type: chart.log ? "log" : "linear", title: { text: chart.unit, standoff: 4 },
           tickformat: chart.share ? "~%" : undefined, exponentformat: "power",
-          dtick: undefined, nticks: 7,
+          nticks: 7, dtick: chart.log && decades(chart) > 1.3 ? 1 : undefined,
         },
       }, { responsive: true, displayModeBar: false, displaylogo: false });
     });
