@@ -350,6 +350,34 @@ async def test_an_engine_away_mid_lap_is_waited_for(
     assert other.requests[0].cohort.try_number > engine.requests[0].cohort.try_number
 
 
+async def test_a_new_engine_is_taken_while_other_cohorts_wait_at_the_old_one(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Four cohorts of two groups of 128. The first moves; the second finds its channel closed."""
+    other = ScriptedEngine()
+    addresses = [engine.address, await other.start()]
+    forever = asyncio.Event()
+
+    async def stuck(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        if request.cohort.id == "0/0/train/0":
+            await until(lambda: len(engine.requests) == 2)
+            client.hset(run_key("r"), "engines", json.dumps(addresses[1:]))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
+        engine.requests.append(request)
+        await forever.wait()
+
+    engine.Generate = stuck  # type: ignore[method-assign]
+    await engine.stop()
+    addresses[0] = await engine.start()
+    spec = make_spec(rollout={"group_size": 128})
+    write_run(client, spec, artifact, addresses[0], policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    await other.stop()
+    assert {request.cohort.id for request in engine.requests} == {"0/0/train/1"}
+    assert {request.cohort.size for request in other.requests} == {2}
+
+
 async def test_evaluation_comes_first_and_once(
     server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
 ) -> None:

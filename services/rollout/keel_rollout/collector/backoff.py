@@ -12,10 +12,14 @@ import redis.exceptions
 log = logging.getLogger(__name__)
 
 FIRST_S, MOST_S = 0.1, 5.0
+REDIS_TIMEOUT_S = 30.0
+"""Seconds for one operation on Redis. Kept here and not by redis-py: its socket_timeout goes
+through asyncio.wait_for, which on Python 3.11 may swallow a cancellation."""
 
 REDIS_TROUBLE = (
     redis.exceptions.ConnectionError,  # down, restarting, loading
     redis.exceptions.TimeoutError,
+    TimeoutError,
     redis.exceptions.OutOfMemoryError,  # noeviction: wait until the trainer has freed some
     redis.exceptions.ReadOnlyError,  # failover
 )
@@ -52,6 +56,7 @@ async def insist(what: str, operation: Callable[[], Awaitable[Result]]) -> Resul
     backoff = Backoff(what)
     while True:
         try:
-            return await operation()
+            async with asyncio.timeout(REDIS_TIMEOUT_S):
+                return await operation()
         except REDIS_TROUBLE as error:
             await backoff.wait(f"{type(error).__name__}: {error}")

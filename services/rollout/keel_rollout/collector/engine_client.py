@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 
@@ -81,8 +82,8 @@ class EngineClient:
             reply: pb.GetCapabilitiesResponse = await self._stub.GetCapabilities(
                 pb.GetCapabilitiesRequest(), timeout=CAPABILITIES_TIMEOUT_S
             )
-        except grpc.aio.AioRpcError as error:
-            raise _named(error, self.address) from error
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            raise self._failure(error) from error
         if not reply.HasField("loaded") or reply.run != run:
             raise EngineFailure(
                 f"engine {self.address} is {pb.EngineState.Name(reply.state)}, loaded for run "
@@ -106,8 +107,8 @@ class EngineClient:
             async for message in call:
                 reader.add(message)
             return reader.responses(), time.perf_counter() - began
-        except grpc.aio.AioRpcError as error:
-            raise _named(error, self.address) from error
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
+            raise self._failure(error) from error
         except AbortedResponse as error:
             raise EngineFailure(f"engine {self.address}: {error}") from error
         except WireError as error:
@@ -119,7 +120,13 @@ class EngineClient:
         """Closes the channel; calls under way are cancelled."""
         await self._channel.close()
 
-
-def _named(error: grpc.aio.AioRpcError, address: str) -> Exception:
-    message = f"engine {address}: {error.code().name}: {error.details()}"
-    return StateError(message) if error.code() in _PERMANENT else EngineFailure(message)
+    def _failure(self, error: BaseException) -> BaseException:
+        """What to raise in place of an error of gRPC."""
+        if isinstance(error, grpc.aio.AioRpcError):
+            message = f"engine {self.address}: {error.code().name}: {error.details()}"
+            return (StateError if error.code() in _PERMANENT else EngineFailure)(message)
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return error
+        # another cohort has moved to a new engine and closed this channel under the call
+        return EngineFailure(f"engine {self.address}: the channel is closed")

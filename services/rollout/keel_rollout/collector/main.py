@@ -19,8 +19,7 @@ from keel_rollout.collector.verify import VerifierPool
 
 log = logging.getLogger(__name__)
 
-_CONNECTIONS = 16
-_REDIS_TIMEOUT_S = 30.0
+_CONNECT_TIMEOUT_S = 5.0
 
 _HELP = """\
 The collector follows the runs recorded in Redis. For each run it sends prompts to the leased engine
@@ -61,15 +60,16 @@ async def serve(redis_url: str, *, verifier_workers: int) -> None:
 
 
 def connect(redis_url: str) -> redis.asyncio.Redis:
-    """A client that never repeats a command by itself: an XADD sent twice would be there twice."""
-    pool = redis.asyncio.BlockingConnectionPool.from_url(
+    """A client that never repeats a command by itself: an XADD sent twice would be there twice.
+
+    Time limits are those of `backoff`.
+    """
+    return redis.asyncio.Redis.from_url(
         redis_url,
-        max_connections=_CONNECTIONS,
-        timeout=_REDIS_TIMEOUT_S,
-        socket_timeout=_REDIS_TIMEOUT_S,
+        socket_timeout=None,
+        socket_connect_timeout=_CONNECT_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
     )
-    return redis.asyncio.Redis.from_pool(pool)
 
 
 def _parser() -> argparse.ArgumentParser:

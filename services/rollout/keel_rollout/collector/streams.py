@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import NamedTuple
 
@@ -10,11 +11,13 @@ import redis.asyncio
 from keel.errors import WireError
 from keel.queue import pack, unpack
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector.backoff import REDIS_TROUBLE, Backoff, insist
+from keel_rollout.collector.backoff import REDIS_TIMEOUT_S, REDIS_TROUBLE, Backoff, insist
 
 log = logging.getLogger(__name__)
 
 _PAGE = 32
+_AT_ONCE = 8
+"""Entries being added: Redis syncs those that come together to disk together."""
 
 
 class SlotKey(NamedTuple):
@@ -34,11 +37,12 @@ class SlotStream:
     def __init__(self, client: redis.asyncio.Redis, key: str, run: str) -> None:
         self._redis, self._key, self._run = client, key, run
         self._added: set[SlotKey] | None = None
+        self._adding = asyncio.Semaphore(_AT_ONCE)
 
     async def added(self) -> set[SlotKey]:
         """Slots known to be, or to have been, in the stream."""
         if self._added is None:
-            self._added = await insist(f"stream {self._key}", self._read)
+            self._added = await self._read()
         return self._added
 
     async def add(self, envelope: sequence_pb2.Envelope) -> None:
@@ -48,7 +52,8 @@ class SlotStream:
         backoff = Backoff(f"stream {self._key}")
         while key not in await self.added():
             try:
-                await self._redis.xadd(self._key, fields)  # type: ignore[arg-type]
+                async with self._adding, asyncio.timeout(REDIS_TIMEOUT_S):
+                    await self._redis.xadd(self._key, fields)  # type: ignore[arg-type]
             except REDIS_TROUBLE as error:
                 self._added = None  # it may have arrived
                 await backoff.wait(f"{type(error).__name__}: {error}")
@@ -80,4 +85,7 @@ class SlotStream:
         return found
 
     async def _page(self, begin: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        return await self._redis.xrange(self._key, min=begin, count=_PAGE)  # type: ignore[return-value]
+        return await insist(
+            f"stream {self._key}",
+            lambda: self._redis.xrange(self._key, min=begin, count=_PAGE),  # type: ignore[arg-type, return-value]
+        )
