@@ -7,7 +7,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel.presets import END, PRESETS
@@ -21,6 +21,7 @@ from keel_rollout.collector.tasks.multiplication import (
 )
 
 verify = MultiplicationVerifier().verify
+quick = settings(max_examples=50, deadline=None)
 first_factors = st.integers(10, 999_999)
 second_factors = st.integers(2, 9)
 seeds = st.integers(0, 2**64 - 1)
@@ -32,6 +33,7 @@ def test_the_scratchpad_by_hand() -> None:
     assert scratchpad(12, 3) == "2306 1303 =36<end>"
 
 
+@quick
 @given(a=first_factors, b=second_factors)
 def test_a_clean_scratchpad_verifies_and_fits(a: int, b: int) -> None:
     response = scratchpad(a, b)
@@ -67,11 +69,13 @@ def test_what_counts_as_an_answer(response: str, reward: float, formed: float) -
     assert (verdict.reward, verdict.parts["formed"]) == (reward, formed)
 
 
+@quick
 @given(text=st.text())
 def test_no_text_breaks_the_verifier(text: str) -> None:
     assert verify("347*6=", text, "2082").reward in (0.0, 1.0)
 
 
+@quick
 @given(seed=seeds, difficulty=st.integers(2, 6))
 def test_problems_and_demonstrations_keep_to_their_side_of_the_split(
     seed: int, difficulty: int
@@ -89,6 +93,7 @@ def test_problems_and_demonstrations_keep_to_their_side_of_the_split(
         assert 2 <= b <= 9
 
 
+@quick
 @given(seed=seeds)
 def test_the_same_seed_gives_the_same(seed: int) -> None:
     one, other = Multiplication(4), Multiplication(4)
@@ -125,11 +130,11 @@ def test_lengths_are_equally_likely() -> None:
 
 
 def test_demonstrations_are_as_noisy_as_promised() -> None:
-    """Over 4,000: the share of direct guesses, and the share of sums that are not the rule's given
+    """Over 3,000: the share of direct guesses, and the share of sums that are not the rule's given
     what is written before (12 % a digit: 22.6 % of the two-digit sums)."""
     task = Multiplication(3)
     guesses = wrong = sums = right = 0
-    for seed in range(4000):
+    for seed in range(3000):
         prompt, response = task.demonstration(seed)
         a, b = (int(number) for number in prompt.rstrip("=").split("*"))
         right += verify(prompt, response, str(a * b)).reward
@@ -142,11 +147,12 @@ def test_demonstrations_are_as_noisy_as_promised() -> None:
             wrong += int(column[2:]) != int(digit) * b + carry
             carry = int(column[2])
             sums += 1
-    assert guesses / 4000 == pytest.approx(DIRECT_GUESS, abs=0.03)
+    assert guesses / 3000 == pytest.approx(DIRECT_GUESS, abs=0.03)
     assert wrong / sums == pytest.approx(1 - (1 - WRONG_DIGIT) ** 2, abs=0.02)
-    assert 0.4 < right / 4000 < 0.7
+    assert 0.4 < right / 3000 < 0.7
 
 
+@quick
 @given(a=first_factors, b=second_factors, seed=seeds)
 def test_the_answer_is_always_copied_from_the_columns(a: int, b: int, seed: int) -> None:
     response = scratchpad(a, b, Random(seed))

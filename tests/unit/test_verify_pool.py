@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -194,3 +195,13 @@ async def test_workers_judge_side_by_side() -> None:
     took_s = time.perf_counter() - began
     await pool.close()
     assert 1.0 <= took_s < 1.8
+
+
+def test_a_worker_is_light() -> None:
+    """A new one must be there at once: no grpc, numpy or pydantic."""
+    script = (
+        "import sys, keel_rollout.collector.verify_worker; "
+        "sys.exit(str({'grpc', 'numpy', 'pydantic', 'redis'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.strip() == ""

@@ -95,19 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--log-level",
         metavar="LEVEL",
-        type=str.upper,
-        choices=["DEBUG", "INFO", "WARNING", "ERROR"],
-        default=os.environ.get("KEEL_LOG_LEVEL", "INFO").upper(),
+        type=_log_level,
+        default=os.environ.get("KEEL_LOG_LEVEL", "INFO"),
         help="DEBUG, INFO, WARNING or ERROR [KEEL_LOG_LEVEL] (now: %(default)s)",
     )
     return parser
 
 
 def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not valid; valid: 1 and above")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: 1 and above")
+    return int(text)
+
+
+def _log_level(text: str) -> str:
+    level = text.upper()
+    if level not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: DEBUG ... ERROR")
+    return level
 
 
 if __name__ == "__main__":
