@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
 SETUP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test test-unit lint format protos bench-wire clean
+.PHONY: help setup demo test test-unit lint format protos docs bench-wire clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,8 @@ lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	PYTHON=$(BIN)/python scripts/generate_protos.sh --check
+	$(BIN)/python scripts/run_schema.py --check
+	$(BIN)/python scripts/metrics_page.py --check
 
 format: $(SETUP) ## format the code
 	$(BIN)/ruff format .
@@ -47,6 +49,10 @@ format: $(SETUP) ## format the code
 
 protos: $(SETUP) ## generate Python from the protos
 	PYTHON=$(BIN)/python scripts/generate_protos.sh
+
+docs: $(SETUP) ## generate the reference pages in docs/
+	$(BIN)/python scripts/run_schema.py
+	$(BIN)/python scripts/metrics_page.py
 
 bench-wire: $(SETUP) ## nanoseconds a token to encode and decode a sequence with routes
 	$(BIN)/python benchmarks/wire.py

@@ -19,13 +19,6 @@ GENERATE_TIMEOUT_S = 3600.0
 """For an engine that is alive but stuck; keepalive finds a dead one within a minute. Waiting for
 other cohorts counts, so it is generous."""
 
-_RECONNECT = (
-    # an engine that is back is found at once; gRPC's own pauses grow to two minutes
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 2_000),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-)
-
 _PERMANENT = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.OUT_OF_RANGE,
@@ -73,7 +66,7 @@ class EngineClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=[*rpc.OPTIONS, *_RECONNECT])
+        self._channel = rpc.aio_channel(address)
         self._stub = rollout_service_pb2_grpc.RolloutServiceStub(self._channel)
 
     async def model(self, run: str) -> EngineModel:
