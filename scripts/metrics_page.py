@@ -12,9 +12,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 HEAD = """# Metrics
 
 A row for each optimizer step: `GET /v1/jobs/ID/metrics?after=STEP`, `runs/demo/metrics.jsonl`.
-mu_old is the engine that sampled, pi_old the trainer at the lap's first weights, pi_theta the trainer
-now. Means are over the response tokens of valid sequences unless said otherwise. A value that is not
-finite is null.
+mu_old is the engine that sampled, pi_old the trainer at the lap's first weights, pi_theta the
+trainer now. Means are over the response tokens of valid sequences unless said otherwise. A value
+that is not finite is null.
 
 *Generated from `keel.metrics` by `scripts/metrics_page.py`; do not edit.*
 
