@@ -8,10 +8,11 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from keel.errors import KeelError
+from keel.errors import KeelError, WireError
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def _wrap_unary(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
-        async def wrapped(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def wrapped(raw: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
-                return await behaviour(request, context)
-            except (KeelError, Exception) as error:
+                return await behaviour(_decoded(handler, raw, method), context)
+            except Exception as error:
                 await _abort(context, method, error)
 
         make = (
@@ -80,32 +81,45 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             if handler.request_streaming
             else grpc.unary_unary_rpc_method_handler
         )
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return make(wrapped, None, handler.response_serializer)
 
     def _wrap_stream(self, handler: Any, method: str) -> grpc.RpcMethodHandler:
         behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
-        async def wrapped(
-            request: Any, context: grpc.aio.ServicerContext
-        ) -> AsyncIterator[Any] | None:
+        async def wrapped(raw: Any, context: grpc.aio.ServicerContext) -> None:
             # Health's Watch writes to the context instead of yielding
             try:
-                result = behaviour(request, context)
+                result = behaviour(_decoded(handler, raw, method), context)
                 if hasattr(result, "__aiter__"):
                     async for response in result:
                         await context.write(response)
                 else:
                     await result
-            except (KeelError, Exception) as error:
+            except Exception as error:
                 await _abort(context, method, error)
-            return None
 
         make = (
             grpc.stream_stream_rpc_method_handler
             if handler.request_streaming
             else grpc.unary_stream_rpc_method_handler
         )
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        return make(wrapped, None, handler.response_serializer)
+
+
+def _decoded(handler: Any, raw: Any, method: str) -> Any:
+    """The request, or the stream of requests; WireError (not gRPC's UNKNOWN) if it is malformed."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return handler.request_deserializer(data)
+        except DecodeError as error:
+            raise WireError(f"{method}: {len(data)} bytes are no request of it: {error}") from error
+
+    async def decoded_stream() -> AsyncIterator[Any]:
+        async for data in raw:
+            yield decode(data)
+
+    return decoded_stream() if handler.request_streaming else decode(raw)
 
 
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:

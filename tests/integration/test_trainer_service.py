@@ -1,0 +1,123 @@
+"""The trainer as a process: bad calls leave it up, and a run's fate is in its record."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+import redis
+from rediskit import start_redis
+
+from keel import rpc
+from keel.queue import run_key
+from keel.record import Desired, Phase, RunRecord
+from keel.spec import parse_spec
+from keel.trainer.v1 import trainer_service_pb2 as pb
+from keel.trainer.v1 import trainer_service_pb2_grpc as pb_grpc
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return start_redis(tmp_path_factory.mktemp("redis"))
+
+
+@pytest.fixture(scope="module")
+def channel(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
+    folder = tmp_path_factory.mktemp("trainer")
+    log = folder / "trainer.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "keel_trainer.main", "--listen", "127.0.0.1:0"),
+                *("--redis", redis_url, "--runs", str(folder / "runs")),
+            ],
+            stderr=file,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not (found := re.search(r"port (\d+)", log.read_text())):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        with rpc.channel(f"127.0.0.1:{found[1]}") as channel:
+            yield channel
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture
+def stub(channel: grpc.Channel) -> pb_grpc.TrainerServiceStub:
+    return pb_grpc.TrainerServiceStub(channel)
+
+
+def write(redis_url: str, run: str, **fields: object) -> None:
+    spec = parse_spec({"name": run, "model": {"path": "/nowhere"}, "recipe": {"steps": 1}})
+    record = RunRecord(run, spec, 0.0, fencing_token=5, **fields)  # type: ignore[arg-type]
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(run_key(run), mapping=record.to_hash())
+
+
+def refused(call: object, request: object) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as caught:
+        call(request, timeout=20)  # type: ignore[operator]
+    return caught.value.code(), caught.value.details()
+
+
+def test_bad_calls_are_refused_with_the_field(
+    stub: pb_grpc.TrainerServiceStub, redis_url: str
+) -> None:
+    write(redis_url, "held")
+    assert refused(stub.StartRun, pb.StartRunRequest()) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "run: '' is not valid; valid: a run id",
+    )
+    code, text = refused(stub.StartRun, pb.StartRunRequest(run="unknown", fencing_token=5))
+    assert (code, "unknown" in text) == (grpc.StatusCode.NOT_FOUND, True)
+    code, text = refused(stub.StartRun, pb.StartRunRequest(run="held", fencing_token=4))
+    assert (code, "4 is over" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
+
+
+def test_a_malformed_message_leaves_it_up(
+    channel: grpc.Channel, stub: pb_grpc.TrainerServiceStub, redis_url: str
+) -> None:
+    raw = channel.unary_unary("/keel.trainer.v1.TrainerService/StartRun")
+    for garbage in (b"\xff" * 64, b"\x0a\xff\xff\xff\xff\x0f"):
+        code, text = refused(raw, garbage)
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+        assert f"{len(garbage)} bytes are no request" in text
+    write(redis_url, "fine")
+    assert stub.GetRun(pb.GetRunRequest(run="fine")).run.phase == pb.RUN_PHASE_QUEUED
+
+
+def test_a_run_that_cannot_be_says_why_and_is_watched_to_its_end(
+    stub: pb_grpc.TrainerServiceStub, redis_url: str
+) -> None:
+    write(redis_url, "lost")
+    request = pb.StartRunRequest(run="lost", fencing_token=5)
+    assert stub.StartRun(request, timeout=20).run.run == "lost"
+    assert stub.StartRun(request, timeout=20).run.running, "idempotent"
+    *_, last = stub.WatchRun(pb.WatchRunRequest(run="lost"), timeout=60)
+    assert last.run.phase == pb.RUN_PHASE_FAILED
+    assert "model.path: '/nowhere' is not a folder" in last.run.error
+    code, text = refused(stub.StartRun, request)
+    assert (code, "is over: FAILED" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+
+
+def test_cancel_of_a_run_without_a_process_ends_it(
+    stub: pb_grpc.TrainerServiceStub, redis_url: str
+) -> None:
+    write(redis_url, "idle")
+    stub.PauseRun(pb.PauseRunRequest(run="idle", fencing_token=5))
+    with redis.Redis.from_url(redis_url) as client:
+        paused = RunRecord.from_hash("idle", client.hgetall(run_key("idle")))
+        assert paused.desired == Desired.PAUSED
+        view = stub.CancelRun(pb.CancelRunRequest(run="idle", fencing_token=5)).run
+        assert view.phase == pb.RUN_PHASE_CANCELLED
+        cancelled = RunRecord.from_hash("idle", client.hgetall(run_key("idle")))
+        assert cancelled.phase == Phase.CANCELLED
