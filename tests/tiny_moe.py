@@ -96,14 +96,24 @@ def random_sequences(count: int, seed: int = 0, *, routes: bool = True) -> list[
     return made
 
 
+def _e4m3(values: Tensor) -> Tensor:
+    """Round trip through e4m3 with one scale a row."""
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    return (values / scale).to(torch.float8_e4m3fn).to(values.dtype) * scale
+
+
 def fp8_model(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy whose matrices, routers included, went through e4m3 with one scale a row."""
+    """A copy that computes as an fp8 engine would: every matrix, and what enters it, coarse."""
     coarse = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in coarse.parameters():
             if parameter.dim() >= 2:
-                scale = parameter.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
-                parameter.copy_((parameter / scale).to(torch.float8_e4m3fn).float() * scale)
+                parameter.copy_(_e4m3(parameter))
+    for module in coarse.modules():
+        if isinstance(module, torch.nn.Linear) or type(module).__name__.endswith(
+            ("TopKRouter", "Experts")
+        ):
+            module.register_forward_pre_hook(lambda _, args: (_e4m3(args[0]), *args[1:]))
     return coarse
 
 

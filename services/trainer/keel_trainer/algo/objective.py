@@ -84,7 +84,7 @@ def minirl_loss(
     Returns:
         The loss, a scalar, and Stats: see `_stats`. Over several micro-batches both add up.
     """
-    assert mask_T.dtype == torch.bool, "mask_T is bool"
+    mask_T = mask_T.bool()
     policy_T = _wide(policy_logprobs_T).masked_fill(~mask_T, 0.0)
     policy_sg_T = policy_T.detach()
     rollout_T = _wide(rollout_logprobs_T).masked_fill(~mask_T, 0.0)
