@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -17,7 +19,8 @@ import pytest
 
 from keel.errors import InvalidField
 from keel_gateway import supervisor as module
-from keel_gateway.stack import Stack, _free_port, lock_folder
+from keel_gateway.stack import Stack
+from keel_gateway.stack_folder import free_port, lock_folder, remembered_ports
 from keel_gateway.supervisor import Service, StackError, Supervisor
 
 # writes its pid and that of a child which ignores SIGTERM, says when it is told to stop
@@ -180,8 +183,6 @@ def test_two_stacks_cannot_share_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InvalidField, match=f"--port: {port}"), Stack(tmp_path, port=port):
@@ -190,7 +191,19 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
     lock_folder(tmp_path, "--dir").close()
 
 
-def test_free_ports_are_below_those_of_outgoing_connections() -> None:
-    ports = {_free_port(set()) for _ in range(20)}
+def testfree_ports_are_below_those_of_outgoing_connections() -> None:
+    ports = {free_port(set()) for _ in range(20)}
     assert all(20000 <= port < 30000 for port in ports)
     assert len(ports) > 1
+
+
+def test_services_keep_their_ports_because_leases_name_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "ports.json"
+    assert remembered_ports(file) == {}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = free_port(set())
+        file.write_text(json.dumps({"trainer": free, "engine-0": taken.getsockname()[1]}))
+        assert remembered_ports(file) == {"trainer": free}
+    assert "engine-0 is taken" in caplog.text

@@ -6,11 +6,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from typer.core import TyperGroup
 from typer.main import get_command
 
 from keel.errors import InvalidField, KeelError
+from keel.spec import spec_errors
 from keel_gateway.client import ProblemError, Unreachable
 
 RUN_FAILED, BAD_INPUT, NO_GATEWAY = 1, 2, 3
@@ -50,12 +52,14 @@ class KeelGroup(TyperGroup):
 
 
 def sentences(error: KeelError) -> list[str]:
-    """What to tell of an error: each fault of a refused request on a line of its own."""
+    """What to tell of an error: each fault of a job file or a refused request on its own line."""
     if isinstance(error, ProblemError) and error.faults:
         return [
             f"{error.title}:",
             *(f"  {fault.field}: {fault.value!r}; valid: {fault.valid}" for fault in error.faults),
         ]
+    if isinstance(error.__cause__, ValidationError):  # of a job file: parse_spec names the first
+        return [str(fault) for fault in spec_errors(error.__cause__)]
     return [str(error)]
 
 

