@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import redis
@@ -39,7 +40,7 @@ def add(client: redis.Redis, lap: int, slot: int, reason: str = "", attempt: int
 
 
 def reader(client: redis.Redis, first_lap: int = 0) -> SlotReader:
-    return SlotReader(client, KEY, run="r", attempt=0, first_lap=first_lap)
+    return SlotReader(client, client, KEY, run="r", attempt=0, first_lap=first_lap)
 
 
 def never() -> None:
@@ -124,6 +125,31 @@ def test_check_is_called_while_waiting(client: redis.Redis) -> None:
     slots = reader(client)
     with pytest.raises(InterruptedError):
         slots.take(0, 0, stop)
+
+
+class LosesReplies:
+    """A client whose first XREADGROUP reaches Redis and whose reply is lost on the way back."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client, self.lost = client, 0
+
+    def xreadgroup(self, *args: Any, **options: Any) -> Any:
+        reply = self._client.xreadgroup(*args, **options)
+        if options.get("block") is not None and reply and not self.lost:
+            self.lost += 1
+            raise redis.ConnectionError("the reply was lost")
+        return reply
+
+
+def test_a_lost_reply_loses_nothing(client: redis.Redis) -> None:
+    add(client, 0, 1)
+    lossy = LosesReplies(client)
+    slots = SlotReader(client, lossy, KEY, run="r", attempt=0, first_lap=0)  # type: ignore[arg-type]
+    assert slots.take(0, 1, lambda: None).void.reason == "0/1"
+    assert lossy.lost == 1
+    add(client, 0, 0)
+    assert slots.take(0, 0, never).void.reason == "0/0"
+    assert slots.acknowledge() == 2
 
 
 def test_an_entry_that_is_no_envelope_is_an_error_that_says_so(client: redis.Redis) -> None:

@@ -29,7 +29,7 @@ class Line:
     """The column; with `made_of`, what is drawn instead."""
     colour: int
     made_of: str = ""
-    """"smooth", "lap maximum" or "complement" of the column; empty: the column itself."""
+    """"lap maximum" or "complement" of the column; empty: the column itself."""
     faint: bool = False
     points: bool = False
     dotted: bool = False
@@ -44,8 +44,6 @@ class Line:
     def meaning(self) -> str:
         """What it says, in words."""
         match self.made_of:
-            case "smooth":
-                return f"mean over the last {SMOOTHING_SHARE:.0%} of the steps"
             case "lap maximum":
                 return "largest of the lap's steps: in-step staleness"
             case "complement":
@@ -56,8 +54,6 @@ class Line:
         """One a row; None where it is missing."""
         values = [row.get(self.name) for row in rows]
         match self.made_of:
-            case "smooth":
-                return smooth(values)
             case "lap maximum":
                 return lap_maximum(rows, self.name)
             case "complement":
@@ -77,6 +73,8 @@ class Chart:
     share: bool = False
     """Values are shares, shown in percent."""
     unit: str = ""
+    smoothed: bool = False
+    """Each step is drawn faint, and a smoothed line over them."""
 
     def shown(self, rows: Sequence[Row]) -> list[Line]:
         """Lines that have a point in these rows."""
@@ -90,14 +88,15 @@ class Chart:
             "log": self.log,
             "share": self.share,
             "unit": self.unit,
-            "traces": [self._trace(line, steps, rows) for line in self.shown(rows)],
+            "traces": [
+                trace for line in self.shown(rows) for trace in self._traces(line, steps, rows)
+            ],
         }
 
-    def _trace(self, line: Line, steps: list[Any], rows: Sequence[Row]) -> dict[str, Any]:
-        places = ".2%" if self.share else ".4~g"
-        meaning = "<br>".join(textwrap.wrap(line.meaning, _HOVER_CHARACTERS))
-        points = [(x, y) for x, y in zip(steps, self._ys(line, rows), strict=True) if y is not None]
-        return {
+    def _traces(self, line: Line, steps: list[Any], rows: Sequence[Row]) -> list[dict[str, Any]]:
+        values = self._ys(line, rows)
+        points = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None]
+        trace = {
             "x": [x for x, _ in points],
             "y": [_rounded(y) for _, y in points],
             "mode": "lines+markers" if line.points or len(points) == 1 else "lines",
@@ -106,9 +105,23 @@ class Chart:
             "line": {"dash": "dot" if line.dotted else "solid"},
             **({"stackgroup": "all"} if line.stacked else {}),
             "name": line.label,
-            "hovertemplate": f"<b>%{{y:{places}}}</b> {line.label}<br><i>{meaning}</i>"
-            "<extra></extra>",
+            "hovertemplate": self._hover(line),
         }
+        if not self.smoothed or line.points:
+            return [trace]
+        smoothed = {
+            "y": [_rounded(y) for y in smooth([y for _, y in points])],
+            "mode": "lines",
+            "name": f"{line.label}, smooth",
+            "hoverinfo": "skip",
+            "hovertemplate": None,
+        }
+        return [trace | {"faint": True}, trace | smoothed]
+
+    def _hover(self, line: Line) -> str:
+        places = ".2%" if self.share else ".4~g"
+        meaning = "<br>".join(textwrap.wrap(line.meaning, _HOVER_CHARACTERS))
+        return f"<b>%{{y:{places}}}</b> {line.label}<br><i>{meaning}</i><extra></extra>"
 
     def _ys(self, line: Line, rows: Sequence[Row]) -> list[float | None]:
         values = line.values(rows)
@@ -130,11 +143,11 @@ CHARTS: Sequence[Chart] = (
         "Reward and held-out accuracy",
         "Sampled reward of each mini-batch, and greedy accuracy on prompts never trained on.",
         (
-            Line("reward/mean", 0, faint=True),
-            Line("reward/mean", 0, made_of="smooth"),
+            Line("reward/mean", 0),
             Line("accuracy/eval", 1, points=True),
         ),
         share=True,
+        smoothed=True,
     ),
     Chart(
         "Both factors of the ratio, k3",
@@ -160,6 +173,7 @@ CHARTS: Sequence[Chart] = (
             Line("routing/overlap", 2, made_of="complement", dotted=True),
         ),
         share=True,
+        smoothed=True,
     ),
     Chart(
         "Entropy",
@@ -172,12 +186,14 @@ CHARTS: Sequence[Chart] = (
         "Tokens that the mask takes out of the gradient, by the sign of their advantage.",
         (Line("clip/high", 0), Line("clip/low", 1)),
         share=True,
+        smoothed=True,
     ),
     Chart(
         "Importance weights",
         "How much of the batch still counts under its weights.",
         (Line("is/ess", 0), Line("is/truncated", 1), Line("mismatch/f2", 2)),
         share=True,
+        smoothed=True,
     ),
     Chart(
         "Largest weights and ratios",
@@ -190,15 +206,23 @@ CHARTS: Sequence[Chart] = (
         "Absolute differences on sampled tokens.",
         (Line("mismatch/logprob_abs_mean", 0), Line("mismatch/logprob_abs_max", 1)),
         log=True,
+        smoothed=True,
         unit="nats",
     ),
-    Chart("Gradient norm", "Before clipping.", (Line("grad_norm", 0),)),
-    Chart("Response length", "All responses.", (Line("response/length_mean", 0),), unit="tokens"),
+    Chart("Gradient norm", "Before clipping.", (Line("grad_norm", 0),), smoothed=True),
+    Chart(
+        "Response length",
+        "All responses.",
+        (Line("response/length_mean", 0),),
+        unit="tokens",
+        smoothed=True,
+    ),
     Chart(
         "Responses and groups without signal",
         "Truncated responses, and groups whose advantages are all zero.",
         (Line("response/truncated", 0), Line("groups/zero_advantage", 1)),
         share=True,
+        smoothed=True,
     ),
     Chart(
         "Where a step's time went",
@@ -212,18 +236,14 @@ CHARTS: Sequence[Chart] = (
 )
 
 
-def smooth(values: Sequence[float | None]) -> list[float | None]:
-    """Each value's mean with those before it, over SMOOTHING_SHARE of them; None stays None."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """Each value's mean with those before it, over SMOOTHING_SHARE of them."""
     width = max(1, math.ceil(len(values) * SMOOTHING_SHARE))
-    window: list[float] = []
-    smoothed: list[float | None] = []
-    for value in values:
-        if value is None:
-            smoothed.append(None)
-            continue
-        window = [*window, value][-width:]
-        smoothed.append(sum(window) / len(window))
-    return smoothed
+    return [
+        sum(window) / len(window)
+        for end in range(1, len(values) + 1)
+        if (window := values[max(0, end - width) : end])
+    ]
 
 
 def _any(values: Sequence[float | None]) -> bool:

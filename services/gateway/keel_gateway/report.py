@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from keel.metrics import COLUMNS, Row
 from keel_gateway.admission import R3_FROM
-from keel_gateway.charts import CHARTS, Chart
+from keel_gateway.charts import CHARTS, SMOOTHING_SHARE, Chart
 from keel_gateway.summary import (
     Summary,
     column,
@@ -37,6 +37,11 @@ POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 )
 """The browser itself keeps the page off the network."""
+_INTRODUCTION = (
+    f'<p class="soft lead">Where a line is drawn over a faint one, it is the mean of the last '
+    f"{SMOOTHING_SHARE:.0%} of the steps. Drag to zoom, double-click to return.</p>"
+    '<section class="charts">'
+)
 NONE = "-"
 """Stands for a number that there is not."""
 _NOT_MEASURED = ("step", "lap", "policy_version")
@@ -59,7 +64,7 @@ def build_report(job: Job, rows: Sequence[Row]) -> str:
     body = "".join(
         [
             _header(job, rows),
-            '<section class="charts">' if charts else "<p>No step has been taken yet.</p>",
+            _INTRODUCTION if charts else "<p>No step has been taken yet.</p>",
             *(_card(number, chart, drawn) for number, chart in enumerate(charts)),
             "</section>" if charts else "",
             _table(rows),

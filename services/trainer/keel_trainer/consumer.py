@@ -17,11 +17,13 @@ import redis
 
 from keel.queue import CONSUMER_GROUP, unpack
 from keel.types.v1 import sequence_pb2
+from keel_trainer.store import UNREACHABLE
 
 log = logging.getLogger(__name__)
 
 _CONSUMER = "trainer"
 _POLL_MS = 500
+_RETRY_S = 0.5
 _READ_COUNT = 64
 
 
@@ -29,18 +31,30 @@ class SlotReader:
     """Delivers each slot of one stream once, in the order asked for."""
 
     def __init__(
-        self, client: redis.Redis, stream: str, *, run: str, attempt: int, first_lap: int
+        self,
+        client: redis.Redis,
+        reading: redis.Redis,
+        stream: str,
+        *,
+        run: str,
+        attempt: int,
+        first_lap: int,
     ) -> None:
         """
         Args:
+            client: for everything but reading.
+            reading: a client that does not try again by itself: a repeated XREADGROUP would pass
+                over what the first one's lost reply held.
             first_lap: earlier laps are covered by the checkpoint in use; their entries are
                 acknowledged unread.
         """
-        self._redis, self._stream, self._run = client, stream, run
+        self._redis, self._reading = client, reading
+        self._stream, self._run = stream, run
         self._attempt, self._first_lap = attempt, first_lap
         self._buffer: dict[tuple[int, int], sequence_pb2.Envelope] = {}
         self._entry_ids: dict[tuple[int, int], list[bytes]] = {}
         self._covered: list[bytes] = []
+        self._seen: set[bytes] = set()
         self._taken: set[tuple[int, int]] = set()
         self._pending_from: bytes | None = b"0"
         self.waited_s = 0.0
@@ -83,6 +97,7 @@ class SlotReader:
                 pipe.xack(self._stream, CONSUMER_GROUP, *ids)
                 pipe.xdel(self._stream, *ids)
                 pipe.execute()
+            self._seen.difference_update(ids)
         return len(ids)
 
     def taken(self) -> list[tuple[int, int]]:
@@ -93,13 +108,20 @@ class SlotReader:
         """Reads what the stream has; False if nothing came within the poll interval."""
         pending = self._pending_from is not None
         start = self._pending_from if pending else ">"
-        reply = self._redis.xreadgroup(
-            CONSUMER_GROUP,
-            _CONSUMER,
-            {self._stream: start},  # type: ignore[dict-item]
-            count=_READ_COUNT,
-            block=None if pending else _POLL_MS,
-        )
+        try:
+            reply = self._reading.xreadgroup(
+                CONSUMER_GROUP,
+                _CONSUMER,
+                {self._stream: start},  # type: ignore[dict-item]
+                count=_READ_COUNT,
+                block=None if pending else _POLL_MS,
+            )
+        except UNREACHABLE as error:
+            # a lost reply leaves its entries pending and unseen: read those first
+            log.warning("Redis is away, reading %s again: %s", self._stream, error)
+            self._pending_from = b"0"
+            time.sleep(_RETRY_S)
+            return False
         entries = _entries(reply)
         if pending:
             self._pending_from = entries[-1][0] if entries else None
@@ -110,6 +132,9 @@ class SlotReader:
         return bool(entries)
 
     def _sort_in(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
+        if entry_id in self._seen:
+            return
+        self._seen.add(entry_id)
         envelope = unpack(fields, run=self._run)
         key = (envelope.id.lap, envelope.id.slot)
         if envelope.id.attempt != self._attempt or envelope.id.lap < self._first_lap:

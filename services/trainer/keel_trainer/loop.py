@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
+
 from keel.errors import KeelError
 from keel.queue import demos_key, groups_key
 from keel.record import Desired, Phase, RunRecord
@@ -77,8 +79,14 @@ class TrainingRun:
     engines_checked_s: float = 0.0
 
     @classmethod
-    def open(cls, store: RunStore, folder: Path, *, device: str) -> TrainingRun:
-        """The run as its newest checkpoint left it, or at its beginning."""
+    def open(
+        cls, store: RunStore, reading: redis.Redis, folder: Path, *, device: str
+    ) -> TrainingRun:
+        """The run as its newest checkpoint left it, or at its beginning.
+
+        Args:
+            reading: see `SlotReader`.
+        """
         record = store.read()
         spec, recipe = record.spec, record.spec.recipe
         store.write(phase=Phase.PREPARING, error="", started_s=record.started_s or time.time())
@@ -103,7 +111,12 @@ class TrainingRun:
             log.info("resuming after step %d", progress.step)
         reader = {
             key: SlotReader(
-                store.redis, key, run=record.run, attempt=progress.attempt, first_lap=first_lap
+                store.redis,
+                reading,
+                key,
+                run=record.run,
+                attempt=progress.attempt,
+                first_lap=first_lap,
             )
             for key, first_lap in (
                 (demos_key(record.run), progress.cold_start_step),

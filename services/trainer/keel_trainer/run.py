@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True, warn_only=args.device != "cpu")
     store = RunStore(connect(args.redis), args.run, args.fencing_token)
     try:
-        TrainingRun.open(store, args.runs / args.run, device=args.device).train()
+        reading = connect(args.redis, retries=0)
+        TrainingRun.open(store, reading, args.runs / args.run, device=args.device).train()
         store.write(phase=Phase.SUCCEEDED, finished_s=time.time())
     except CancelledError:
         log.info("cancelled")

@@ -14,12 +14,18 @@ from keel.metrics import encode_row, evaluation_field, row_field
 from keel.queue import metrics_key, run_key, versions_key
 from keel.record import RunRecord, pack_fields
 
+UNREACHABLE = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.exceptions.BusyLoadingError,
+)
+"""Redis is away or not up yet: to be tried again."""
 
-def connect(url: str) -> redis.Redis:
-    """A client that rides out a restart of Redis of up to a minute or so."""
-    retry = Retry(ExponentialBackoff(cap=5.0, base=0.1), retries=20)
-    errors = [redis.ConnectionError, redis.TimeoutError, redis.exceptions.BusyLoadingError]
-    return redis.Redis.from_url(url, retry=retry, retry_on_error=errors)
+
+def connect(url: str, *, retries: int = 120) -> redis.Redis:
+    """A client that tries again, by default for ten minutes: only for commands that may repeat."""
+    retry = Retry(ExponentialBackoff(cap=5.0, base=0.1), retries=retries)
+    return redis.Redis.from_url(url, retry=retry, retry_on_error=list(UNREACHABLE))
 
 
 class RunStore:
