@@ -1,23 +1,24 @@
-"""A TCP proxy that holds bytes back for random moments: the network that a test wants."""
+"""A TCP proxy that holds bytes back, or is cut: the network that a test wants."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import threading
+import time
 from types import TracebackType
 
 
-class DelayProxy:
+class Proxy:
     """Listens on a free loopback port and forwards both ways, late.
 
     Example:
-        with DelayProxy("127.0.0.1:6379", seed=1) as proxy:
+        with Proxy("127.0.0.1:6379", seed=1, chance=0.3) as proxy:
             client = redis.Redis.from_url(f"redis://{proxy.address}")
     """
 
     def __init__(
-        self, target: str, *, seed: int, chance: float = 0.3, longest_s: float = 0.05
+        self, target: str, *, seed: int, chance: float = 0.0, longest_s: float = 0.05
     ) -> None:
         """
         Args:
@@ -31,11 +32,13 @@ class DelayProxy:
         self._chance, self._longest_s = chance, longest_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._open: set[asyncio.StreamWriter] = set()
+        self._cut = False
         self.address = ""
         self.delayed = 0
         """Chunks held back so far."""
 
-    def __enter__(self) -> DelayProxy:
+    def __enter__(self) -> Proxy:
         self._thread.start()
         start = asyncio.start_server(self._serve, "127.0.0.1", 0)
         server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
@@ -54,6 +57,18 @@ class DelayProxy:
         self._thread.join()
         self._loop.close()
 
+    def cut(self, seconds: float) -> None:
+        """Resets every connection and refuses new ones for a while; returns after it."""
+        self._loop.call_soon_threadsafe(self._set_cut, True)
+        time.sleep(seconds)
+        self._loop.call_soon_threadsafe(self._set_cut, False)
+
+    def _set_cut(self, cut: bool) -> None:
+        self._cut = cut
+        if cut:
+            for writer in self._open:
+                writer.transport.abort()
+
     async def _cancel(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
@@ -62,11 +77,17 @@ class DelayProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            if self._cut:
+                raise ConnectionRefusedError
             far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
-            writer.close()
+            writer.transport.abort()
             return
-        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        self._open |= {writer, far_writer}
+        try:
+            await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+        finally:
+            self._open -= {writer, far_writer}
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import subprocess
 import time
 from typing import Any
 
 import pytest
-from e2e.conftest import Jobs, job_spec, model_bytes
+from faults import fault_table, training_process
+from jobs import Jobs, job_spec, model_bytes
 
 from keel_gateway.stack import Stack
 
@@ -114,13 +115,6 @@ def test_jobs_survive_the_gateway(
     assert model_bytes(state) == model_bytes(undisturbed)
 
 
-def _training_process(job: str) -> int:
-    found = subprocess.run(
-        ["pgrep", "-f", f"keel_trainer.run --run {job}"], capture_output=True, text=True
-    )
-    return int(found.stdout.split()[0])
-
-
 @pytest.mark.parametrize("victim", ["training process", "trainer", "collector", "engine-0"])
 def test_a_killed_process_changes_no_bit(
     jobs: Jobs, stack: Stack, undisturbed: dict[str, Any], taught: dict[str, Any], victim: str
@@ -128,10 +122,18 @@ def test_a_killed_process_changes_no_bit(
     job = jobs.submit(job_spec(model=taught))
     jobs.wait(job, step=5)
     if victim == "training process":
-        os.kill(_training_process(job), signal.SIGKILL)
+        pid = training_process(job)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
     else:
         kill(stack, victim)
     state = jobs.wait(job)
     assert state["phase"] == "SUCCEEDED", state["error"]
     assert model_bytes(state) == model_bytes(undisturbed)
     assert [row["step"] for row in jobs.rows(job)] == list(range(13))
+
+
+def test_a_hand_of_random_faults_changes_no_bit() -> None:
+    """Six of `make faults`: kills, stops of 3 s and cut connections, on any process."""
+    table = fault_table(runs=1, per_run=6, laps=30, seed=1, say=logging.getLogger("faults").info)
+    assert sum(map(len, table.recoveries_s.values())) >= 4

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import redis
 import torch
-from e2e.conftest import Jobs, job_spec, model_bytes
-from proxy import DelayProxy
+from jobs import Jobs, job_spec, model_bytes
+from proxy import Proxy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keel.metrics import COLUMNS
@@ -96,12 +96,12 @@ def test_same_spec_and_seed_give_the_same_bits_whatever_was_delayed(
     undisturbed: dict[str, Any], taught: dict[str, Any], tmp_path: Path
 ) -> None:
     """A second stack, with random delays between engine, collector, queue and trainer."""
-    proxies: list[DelayProxy] = []
+    proxies: list[Proxy] = []
 
     def delayed(name: str, address: str) -> str:
         if name == "gateway":
             return address
-        proxies.append(DelayProxy(address, seed=len(proxies)).__enter__())
+        proxies.append(Proxy(address, seed=len(proxies), chance=0.3).__enter__())
         return proxies[-1].address
 
     try:

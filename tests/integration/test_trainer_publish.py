@@ -56,7 +56,7 @@ def test_a_version_is_proved_and_found_again(address: str, artifact: Path) -> No
     assert publish.first_gap < 1e-5
     assert publish.behind(0) == []
     assert publish.behind(1) == [address]
-    assert publish.routes_available()
+    assert publish.routes_available(never)
     # a lost reply: the same version again is no new one
     publish.publish(version(backend, 0), never)
     publish.close()
@@ -90,6 +90,20 @@ def test_bytes_that_differ_from_their_hash_leave_the_old_version(
         publish.publish(torn, never)
     assert publish.behind(0) == [], "version 0 is still served"
     publish.close()
+
+
+def test_an_engine_that_is_ahead_is_left_there(address: str, artifact: Path) -> None:
+    """The trainer died after publishing version 1 and before recording it, and is back at 0."""
+    backend = TorchBackend.from_pretrained(artifact)
+    first = publisher(address, artifact, "ahead", 4)
+    first.publish(version(backend, 0), never)
+    first.publish(version(backend, 1), never)
+    again = publisher(address, artifact, "ahead", 4)
+    again.publish(version(backend, 0), never)
+    assert again.behind(0) == []
+    again.publish(version(backend, 1), never)
+    assert again.behind(1) == []
+    assert again.behind(2) == [address]
 
 
 def test_an_overtaken_lease_is_refused(address: str, artifact: Path) -> None:

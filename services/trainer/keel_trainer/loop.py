@@ -155,7 +155,7 @@ class TrainingRun:
         """Trains to the end, or raises: CancelledError, or what went wrong."""
         self._cold_start()
         self._publish()
-        if self.publisher.routes_available():
+        if self.publisher.routes_available(self._check_record):
             self.route_shape = self.backend.info.route_shape
         elif self.plan.needs_engine_routes:
             raise CapabilityError("recipe.replay is R3, and the leased engine reports no routes")

@@ -12,9 +12,11 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import numpy as np
@@ -31,6 +33,8 @@ from keel.types.v1 import tensor_pb2
 from keel.weights.v1 import manifest_pb2
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PROBE_TOKENS = 64
 """Length of the probe."""
@@ -51,6 +55,8 @@ _PRECISIONS = {
 }
 _QUANTIZATIONS = {"none": pb.QUANTIZATION_NONE, "fp8": pb.QUANTIZATION_FP8}
 _RPC_TIMEOUT_S = 600.0
+_ASK_TIMEOUT_S = 10.0
+_RETRIES_OF_STATE = 5
 _UNAVAILABLE_FOR_S = 120.0
 
 
@@ -120,9 +126,12 @@ class Publisher:
         self._probe = to_tensor(probe_token_ids)
         self.first_gap = first_gap
 
-    def routes_available(self) -> bool:
-        """Every engine reports routes."""
-        return all(engine.capabilities().can.routes for engine in self._engines)
+    def routes_available(self, check: Callable[[], object]) -> bool:
+        """Every engine reports routes. Waits as `publish` does."""
+        return all(
+            engine.until_available(engine.capabilities, check).can.routes
+            for engine in self._engines
+        )
 
     def publish(self, version: Version, check: Callable[[], object]) -> None:
         """Returns once every engine serves `version`, proved by hash and probe.
@@ -138,10 +147,15 @@ class Publisher:
             engine.until_available(partial(self._publish_to, engine, version), check)
 
     def behind(self, version: int) -> list[str]:
-        """Addresses of reachable engines that do not serve `version`: restarted, or broken off."""
-        return [
-            e.address for e in self._engines if e.served_version() not in (version, "unreachable")
-        ]
+        """Addresses of engines that do not serve `version` or more: they were restarted, or an
+        update broke off. Those that do not answer are not among them.
+        """
+        late = []
+        for engine in self._engines:
+            with suppress(grpc.RpcError):
+                if engine.served_version() < version:
+                    late.append(engine.address)
+        return late
 
     def close(self) -> None:
         """Closes the channels."""
@@ -153,6 +167,11 @@ class Publisher:
         if loaded.run != self._lease.run or loaded.state == pb.ENGINE_STATE_EMPTY:
             log.info("%s: loading the model", engine.address)
             engine.stub.LoadModel(self._load, timeout=_RPC_TIMEOUT_S)
+        if engine.served_version() > version.number:
+            # this trainer died after publishing that version and before recording it: it comes
+            # there again, with the same bits
+            log.info("%s: serves a later version than %d", engine.address, version.number)
+            return
         engine.stub.Pause(
             pb.PauseRequest(lease=self._lease, mode=pb.PAUSE_MODE_WAIT), timeout=_RPC_TIMEOUT_S
         )
@@ -209,27 +228,31 @@ class _Engine:
             pb.GetCapabilitiesRequest(), timeout=_RPC_TIMEOUT_S, wait_for_ready=True
         )
 
-    def served_version(self) -> int | str | None:
-        """The version, None while it serves none, "unreachable" while nobody answers."""
-        try:
-            reply = self.stub.GetWeightVersion(pb.GetWeightVersionRequest(), timeout=5.0)
-        except grpc.RpcError:
-            return "unreachable"
-        return reply.policy_version if reply.HasField("policy_version") else None
+    def served_version(self) -> int:
+        """The version that it serves; -1 while it serves none."""
+        reply = self.stub.GetWeightVersion(pb.GetWeightVersionRequest(), timeout=_ASK_TIMEOUT_S)
+        return reply.policy_version if reply.HasField("policy_version") else -1
 
-    def until_available(self, action: Callable[[], None], check: Callable[[], object]) -> None:
-        """Runs `action`, again while the engine is unreachable, for at most two minutes."""
+    def until_available(self, action: Callable[[], T], check: Callable[[], object]) -> T:
+        """The result of `action`, tried again while the engine is unreachable, for two minutes at
+        most; and a few times where its state forbids a call, since it may just have been restarted.
+        """
         give_up_at = time.monotonic() + _UNAVAILABLE_FOR_S
-        delay_s = 0.1
+        delay_s, forbidden = 0.1, 0
         while True:
             try:
                 return action()
             except grpc.RpcError as error:
-                if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > give_up_at:
+                code = error.code()
+                forbidden += code == grpc.StatusCode.FAILED_PRECONDITION
+                again = code == grpc.StatusCode.UNAVAILABLE or 0 < forbidden <= _RETRIES_OF_STATE
+                if not again or time.monotonic() > give_up_at:
                     raise EngineError(
-                        f"engine {self.address}: {error.code().name}: {error.details()}"
+                        f"engine {self.address}: {code.name}: {error.details()}"
                     ) from error
-                log.warning("%s is unreachable, trying again in %.1f s", self.address, delay_s)
+                log.warning(
+                    "%s: %s, trying again in %.1f s", self.address, error.details(), delay_s
+                )
             check()
             time.sleep(delay_s)
             delay_s = min(2 * delay_s, 2.0)
