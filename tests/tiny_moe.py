@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from keel_trainer.algo.objective import sft_loss
 from keel_trainer.backends.torch import TorchBackend
-from keel_trainer.batch import TrainSequence, collate
+from keel_trainer.batch import collate
 from keel_trainer.router_seam import RouterSeam
+from keel_trainer.sequences import TrainSequence
 
 VOCAB, LAYERS, EXPERTS, TOP_K = 64, 2, 16, 2
 

@@ -47,7 +47,7 @@ COLUMNS: dict[str, str] = {
     "version_lag/mean": "mean of (trainer's version - token's version)",
     "version_lag/max": "max of the same",
     "time/generate_s": "seconds of generation, the lap's divided by N",
-    "time/score_s": "seconds of the scoring pass, the lap's divided by N",
+    "time/score_s": "seconds of decoding and scoring this mini-batch",
     "time/update_s": "seconds of this step's update",
     "time/publish_s": "seconds of publishing, the lap's divided by N",
     "time/wait_s": "seconds the trainer waited for groups, the lap's divided by N",

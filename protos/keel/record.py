@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from keel.errors import WireError
@@ -80,8 +80,6 @@ class RunRecord:
     """Why it FAILED."""
     collector_error: str = ""
     """Writer: collector. Why it cannot go on; the trainer then fails the run."""
-    extra: Mapping[str, str] = field(default_factory=dict)
-    """Fields that a newer writer knows and this reader does not."""
 
     def to_hash(self) -> dict[str, str]:
         """Every field, for the first writing of a record."""
@@ -101,7 +99,10 @@ class RunRecord:
 
     @classmethod
     def from_hash(cls, run: str, raw: Mapping[bytes, bytes]) -> RunRecord:
-        """The record, or WireError naming the field that is not as written by Keel."""
+        """The record, or WireError naming the field that is not as written by Keel.
+
+        Fields that only a newer writer knows are passed over.
+        """
         values = {key.decode(): value.decode() for key, value in raw.items()}
         if "spec" not in values:
             raise WireError(f"run record {run!r} has no spec")
@@ -113,7 +114,7 @@ class RunRecord:
                     known[name] = parse(values.pop(name))
         except ValueError as error:
             raise WireError(f"run record {run!r}: {error}") from error
-        return cls(run=run, extra=values, **known)  # type: ignore[arg-type]
+        return cls(run=run, **known)  # type: ignore[arg-type]
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from keel import codec
 from keel.errors import WireError
 from keel.types.v1 import sequence_pb2, tensor_pb2
-from keel_trainer.batch import (
-    RouteShape,
-    collate,
-    cut_micro_batches,
-    decode_demonstration,
-    decode_sequence,
-)
+from keel_trainer.batch import collate, cut_micro_batches
+from keel_trainer.sequences import RouteShape, decode_demonstration, decode_sequence
 
 SHAPE = RouteShape(moe_layers=2, top_k=2, num_experts=16)
 

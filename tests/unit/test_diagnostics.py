@@ -43,5 +43,8 @@ def test_the_columns_that_issue_2_fixes_are_all_there():
     }  # fmt: skip
 
 
-def test_an_empty_step_has_zeros():
-    assert set(metrics({}).values()) == {0.0}
+def test_an_empty_step_has_counts_of_zero_and_no_means():
+    row = metrics({})
+    counted = {key for key, value in row.items() if value == 0}
+    assert counted == {"tokens/trained", "replay/rows_requested", "replay/rows_obeyed"}
+    assert {value for key, value in row.items() if key not in counted} == {None}

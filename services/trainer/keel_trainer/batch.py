@@ -10,22 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from keel_trainer.sequences import (
-    RouteShape,
-    TrainSequence,
-    decode_demonstration,
-    decode_sequence,
-)
-
-__all__ = [
-    "MicroBatch",
-    "RouteShape",
-    "TrainSequence",
-    "collate",
-    "cut_micro_batches",
-    "decode_demonstration",
-    "decode_sequence",
-]
+from keel_trainer.sequences import TrainSequence
 
 
 def cut_micro_batches(fed_lengths: Sequence[int], budget_tokens: int) -> list[range]:

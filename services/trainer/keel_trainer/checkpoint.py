@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands at a checkpoint."""
+    """Where a run stands at a checkpoint.
+
+    Checkpoints fall on lap boundaries (and between supervised steps), so `step` and
+    `cold_start_step` name the consumed slots: every one of the laps before.
+    """
 
     attempt: int
     cold_start_step: int
@@ -34,8 +38,6 @@ class Progress:
     """Optimizer steps of the recipe done; a multiple of N."""
     first_gap: float | None = None
     """Probe gap at first load, nats."""
-    consumed: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """By stream: (lap, slot) that this checkpoint covers and that were not acknowledged yet."""
 
 
 class Checkpoints:

@@ -3,8 +3,7 @@
     stream  --XREADGROUP-->  buffer by (lap, slot)  --take-->  taken  --acknowledge-->  XACK + XDEL
 
 Own pending entries come first, so a restarted trainer finds what it had not yet acknowledged. The
-first entry for a slot in stream order wins; what else comes for it goes unread with the next
-acknowledgement.
+first entry for a slot in stream order wins. What a checkpoint covers is acknowledged unread.
 """
 
 from __future__ import annotations
@@ -53,10 +52,11 @@ class SlotReader:
         self._attempt, self._first_lap = attempt, first_lap
         self._buffer: dict[tuple[int, int], sequence_pb2.Envelope] = {}
         self._entry_ids: dict[tuple[int, int], list[bytes]] = {}
-        self._covered: list[bytes] = []
         self._seen: set[bytes] = set()
         self._taken: set[tuple[int, int]] = set()
         self._pending_from: bytes | None = b"0"
+        self.drained = False
+        """The last read found Redis up and nothing new."""
         self.waited_s = 0.0
         """Seconds that `take` has spent waiting."""
         try:
@@ -85,24 +85,20 @@ class SlotReader:
 
         To be called when a checkpoint that covers them is on disk.
         """
-        ids = self._covered
-        for key in self._taken:
-            ids += self._entry_ids.pop(key)
-        # `_taken` keys stay known through first_lap: a late duplicate is covered too
+        ids = [entry_id for key in self._taken for entry_id in self._entry_ids.pop(key)]
         if self._taken:
             self._first_lap = max(self._first_lap, max(lap for lap, _ in self._taken) + 1)
-        self._covered, self._taken = [], set()
+        self._taken = set()
+        self._remove(ids)
+        return len(ids)
+
+    def _remove(self, ids: list[bytes]) -> None:
         if ids:
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.xack(self._stream, CONSUMER_GROUP, *ids)
                 pipe.xdel(self._stream, *ids)
                 pipe.execute()
             self._seen.difference_update(ids)
-        return len(ids)
-
-    def taken(self) -> list[tuple[int, int]]:
-        """(lap, slot) taken and not acknowledged, ascending: the checkpoint records it."""
-        return sorted(self._taken)
 
     def _read(self) -> bool:
         """Reads what the stream has; False if nothing came within the poll interval."""
@@ -120,6 +116,7 @@ class SlotReader:
             # a lost reply leaves its entries pending and unseen: read those first
             log.warning("Redis is away, reading %s again: %s", self._stream, error)
             self._pending_from = b"0"
+            self.drained = False
             time.sleep(_RETRY_S)
             return False
         entries = _entries(reply)
@@ -127,25 +124,26 @@ class SlotReader:
             self._pending_from = entries[-1][0] if entries else None
             if not entries:
                 return True
-        for entry_id, fields in entries:
-            self._sort_in(entry_id, fields)
+        self.drained = not entries
+        self._remove([entry_id for entry_id, fields in entries if self._covers(entry_id, fields)])
         return bool(entries)
 
-    def _sort_in(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
+    def _covers(self, entry_id: bytes, fields: dict[bytes, bytes]) -> bool:
+        """Puts an entry where `take` finds it; True if a checkpoint covers it instead."""
         if entry_id in self._seen:
-            return
+            return False
         self._seen.add(entry_id)
         envelope = unpack(fields, run=self._run)
         key = (envelope.id.lap, envelope.id.slot)
         if envelope.id.attempt != self._attempt or envelope.id.lap < self._first_lap:
-            self._covered.append(entry_id)
-            return
+            return True
         ids = self._entry_ids.setdefault(key, [])
         if not ids:
             self._buffer[key] = envelope
         else:
             log.info("slot %s came again as %s; the first counts", key, entry_id.decode())
         ids.append(entry_id)
+        return False
 
 
 def _entries(reply: object) -> list[tuple[bytes, dict[bytes, bytes]]]:

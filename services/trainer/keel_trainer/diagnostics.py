@@ -57,32 +57,35 @@ def replay_stats(requested_NTLK: Tensor, dispatched_NTLK: Tensor, mask_NT: Tenso
     return {"replay_rows_requested": counts.pairs, "replay_rows_obeyed": counts.pairs_equal}
 
 
-def metrics(stats: Stats) -> dict[str, float]:
+def metrics(stats: Stats) -> dict[str, float | None]:
     """The algorithm's columns of a row, from merged stats.
 
-    Without a valid token every mean is 0. `routing/*` appear only where routes were compared;
+    Without a valid token every mean and maximum is None. `routing/*` appear only where routes were compared;
     `replay/*` always do.
     """
     sums = {key: float(value) for key, value in stats.items()}
     tokens = sums.get("tokens", 0.0)
 
-    def mean(key: str, count: float = tokens) -> float:
-        return sums.get(key, 0.0) / count if count else 0.0
+    def mean(key: str, count: float = tokens) -> float | None:
+        return sums.get(key, 0.0) / count if count else None
+
+    def largest(key: str) -> float | None:
+        return sums.get(key) if tokens else None
 
     squared = sums.get("is_squared", 0.0)
-    row = {
+    row: dict[str, float | None] = {
         "mismatch/k1": mean("mismatch_k1"),
         "mismatch/k3": mean("mismatch_k3"),
         "mismatch/logprob_abs_mean": mean("mismatch_abs"),
-        "mismatch/logprob_abs_max": sums.get("mismatch_abs_max", 0.0),
+        "mismatch/logprob_abs_max": largest("mismatch_abs_max"),
         "mismatch/f2": mean("mismatch_f2"),
         "staleness/k1": mean("staleness_k1"),
         "staleness/k3": mean("staleness_k3"),
-        "staleness/ratio_max": sums.get("staleness_ratio_max", 0.0),
+        "staleness/ratio_max": largest("staleness_ratio_max"),
         "is/mean": mean("is"),
-        "is/max": sums.get("is_max", 0.0),
+        "is/max": largest("is_max"),
         # 1 / mean((w / mean w)^2): the share of tokens that count
-        "is/ess": sums["is"] ** 2 / (tokens * squared) if tokens and squared else 0.0,
+        "is/ess": sums["is"] ** 2 / (tokens * squared) if tokens and squared else None,
         "is/truncated": mean("is_truncated"),
         "clip/high": mean("clip_high"),
         "clip/low": mean("clip_low"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import redis
 
-from keel.errors import KeelError
+from keel.errors import IntegrityError, KeelError
 from keel.queue import demos_key, groups_key
 from keel.record import Desired, Phase, RunRecord
 from keel.spec import RunSpec
@@ -29,13 +29,15 @@ from keel_trainer.backends.torch import TorchBackend
 from keel_trainer.checkpoint import Checkpoints, Progress
 from keel_trainer.consumer import SlotReader
 from keel_trainer.publish import Publisher, Version, probe_tokens
-from keel_trainer.sequences import RouteShape, decode_demonstration
+from keel_trainer.sequences import RouteShape
 from keel_trainer.store import RunStore
 
 log = logging.getLogger(__name__)
 
 COLD_START_CHECKPOINT_EVERY = 128
 """Supervised steps between checkpoints: they free the collector, at most 256 entries ahead."""
+
+COLD_START_LOG_EVERY = 50
 
 _PAUSE_POLL_S = 0.5
 _ENGINE_CHECK_S = 2.0
@@ -74,6 +76,9 @@ class TrainingRun:
     """Optimizer steps of the recipe done."""
     route_shape: RouteShape | None = None
     """Shape of the routes that rollouts bring; None: dense model, or an engine without routes."""
+    newest_version: int = -1
+    """Highest version that the run ever made, before a crash too. The groups of every lap below it
+    are in the stream, or covered by a checkpoint: they are not made again."""
     proved: int | None = None
     """Version that the engines were last seen to serve."""
     engines_checked_s: float = 0.0
@@ -131,7 +136,7 @@ class TrainingRun:
             folder=folder,
             artifact=artifact,
             backend=backend,
-            publisher=Publisher(record, artifact, probe, progress.first_gap),
+            publisher=Publisher(record, artifact, backend.info, probe, progress.first_gap),
             checkpoints=checkpoints,
             demos=reader[demos_key(record.run)],
             groups=reader[groups_key(record.run)],
@@ -139,6 +144,7 @@ class TrainingRun:
             device=device,
             cold_start_step=progress.cold_start_step,
             step=progress.step,
+            newest_version=store.newest_version(),
         )
 
     @property
@@ -176,7 +182,7 @@ class TrainingRun:
         recipe = self.spec.recipe
         lap, waited_before = self.version, self.groups.waited_s
         minibatches = [self._collect(lap, i) for i in range(recipe.off_policiness)]
-        # one engine computes a lap's cohorts one after another: the slowest group spans the lap
+        # groups count from the lap's first request: the last one spans the lap
         generate_s = max(minibatch.generate_s for minibatch in minibatches)
         rows = []
         for minibatch in minibatches:
@@ -191,7 +197,7 @@ class TrainingRun:
             }
             rows.append(row)
             self.store.write_row(self.record.attempt, self.step, row)
-            self.store.write(step=self.step)
+            self.store.write(step=max(self.step, self.record.step))
         began = time.perf_counter()
         self._publish()
         publish_s = time.perf_counter() - began
@@ -226,36 +232,37 @@ class TrainingRun:
             return
         self.store.write(phase=Phase.COLD_START)
         while self.cold_start_step < cold.steps:
+            self._wait_while_paused()
             envelope = self.demos.take(self.cold_start_step, 0, self._check)
-            steps.imitate(
+            loss = steps.imitate(
                 self.backend,
-                [
-                    decode_demonstration(demo, vocab_size=self.backend.info.vocab_size)
-                    for demo in envelope.demonstrations.demonstrations
-                ],
+                steps.decode_demonstrations(envelope, self.backend.info.vocab_size),
                 rate=cold.learning_rate,
                 budget_tokens=self.spec.trainer.micro_batch_tokens,
                 device=self.device,
             )
             self.cold_start_step += 1
+            if self.cold_start_step % COLD_START_LOG_EVERY == 0:
+                log.info("supervised step %d: %.3f nats a token", self.cold_start_step, loss)
             done = self.cold_start_step == cold.steps
             if done:
                 self.backend.reset_optimizer()
             if done or self.cold_start_step % COLD_START_CHECKPOINT_EVERY == 0:
                 self._checkpoint()
-            self.store.write(cold_start_step=self.cold_start_step)
+            done_before = self.record.cold_start_step
+            self.store.write(cold_start_step=max(self.cold_start_step, done_before))
 
     def _publish(self) -> None:
         """Makes every engine serve the weights as they are, as version `self.version`.
 
-        A version that the run had already reached before a crash is made again and not sent: it
-        has the same bits, or the run ends here.
+        A version below the newest one, made again after a crash, has the same bits (or the run
+        ends here) and is not sent: the groups sampled from it are all in the stream.
         """
         version = self._build_version()
         self.store.record_version(version.number, version.manifest.fingerprint)
-        reached = self.store.read().policy_version
-        if reached is not None and version.number < reached:
+        if version.number < self.newest_version:
             return
+        self.newest_version = version.number
         self.publisher.publish(version, self._check_record)
         self.proved = version.number
         self.store.write(policy_version=version.number)
@@ -268,19 +275,17 @@ class TrainingRun:
 
     def _checkpoint(self) -> None:
         """Writes a checkpoint, then acknowledges what it covers."""
-        readers = {"demos": self.demos, "groups": self.groups}
         self.checkpoints.save(
             Progress(
                 attempt=self.record.attempt,
                 cold_start_step=self.cold_start_step,
                 step=self.step,
                 first_gap=self.publisher.first_gap,
-                consumed={name: reader.taken() for name, reader in readers.items()},
             ),
             self.backend.state_dict(),
         )
-        for reader in readers.values():
-            reader.acknowledge()
+        self.demos.acknowledge()
+        self.groups.acknowledge()
 
     def _check(self) -> None:
         """While waiting: ends the run if it is to end, and repairs engines that lost their weights.
@@ -288,6 +293,14 @@ class TrainingRun:
         Called only while the weights are those of `self.version`.
         """
         self._check_record()
+        in_cold_start = self.cold_start_step < self.spec.cold_start.steps
+        reader = self.demos if in_cold_start else self.groups
+        if reader.drained and self.newest_version >= (0 if in_cold_start else self.version + 1):
+            raise IntegrityError(
+                f"after step {self.step} the run made version {self.newest_version} once, and what "
+                "it was trained on is neither in the stream nor covered by a checkpoint that can "
+                "be read: restore the newest checkpoint"
+            )
         now = time.monotonic()
         if self.proved == self.version and now - self.engines_checked_s > _ENGINE_CHECK_S:
             self.engines_checked_s = now

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-import time
+import threading
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from keel.errors import FencedError, KeelError
 from keel.record import Phase
 from keel_trainer.loop import CancelledError, TrainingRun
-from keel_trainer.store import RunStore, connect
+from keel_trainer.store import UNREACHABLE, RunStore, connect
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0: the record holds a final phase. Otherwise it is to be started again."""
     parser = argparse.ArgumentParser(prog="keel_trainer.run", description=__doc__)
     parser.add_argument("--run", required=True, help="run id; its record must exist")
-    parser.add_argument("--redis", required=True, help="redis:// or unix:// URL")
+    parser.add_argument(
+        "--redis",
+        default=os.environ.get("KEEL_REDIS_URL"),
+        help="redis:// or unix:// URL; better by KEEL_REDIS_URL, where `ps` shows no password",
+    )
     parser.add_argument("--runs", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--fencing-token", required=True, type=int, help="token of the lease")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -33,22 +38,38 @@ def main(argv: list[str] | None = None) -> int:
     )
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True, warn_only=args.device != "cpu")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     store = RunStore(connect(args.redis), args.run, args.fencing_token)
     try:
+        if store.read().phase.final:
+            # killed after its last write
+            store.drop_streams()
+            return 0
         reading = connect(args.redis, retries=0)
         TrainingRun.open(store, reading, args.runs / args.run, device=args.device).train()
-        store.write(phase=Phase.SUCCEEDED, finished_s=time.time())
+        store.end(Phase.SUCCEEDED)
     except CancelledError:
         log.info("cancelled")
-        store.write(phase=Phase.CANCELLED, finished_s=time.time())
+        store.end(Phase.CANCELLED)
     except FencedError as error:
         log.warning("%s", error)
+    except UNREACHABLE as error:
+        log.warning("Redis is away, giving up for now: %s", error)
+        return 1
     except Exception as error:
         # whatever it was, its user must read it in the record
         log.exception("run failed")
         text = str(error) if isinstance(error, KeelError) else f"{type(error).__name__}: {error}"
-        store.write(phase=Phase.FAILED, error=text, finished_s=time.time())
+        store.end(Phase.FAILED, error=text)
     return 0
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the service is gone, whatever killed it: two trainers of one run would
+    take each other's groups.
+    """
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

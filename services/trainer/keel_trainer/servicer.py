@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,13 @@ from keel.errors import FencedError, InvalidField, StateError
 from keel.record import Desired, Phase, RunRecord
 from keel.trainer.v1 import trainer_service_pb2 as pb
 from keel.trainer.v1 import trainer_service_pb2_grpc as pb_grpc
-from keel_trainer.store import RunStore, connect
+from keel_trainer.store import UNREACHABLE, RunStore, connect
 
 log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
 _RESTART_DELAY_S = 1.0
-_MAX_RESTARTS = 20
+_MAX_FAILURES = 10
 _STOP_GRACE_S = 5.0
 
 
@@ -42,13 +42,18 @@ class ChildOptions:
     threads: int
 
     def argv(self, run: str, fencing_token: int) -> list[str]:
-        """The child's command line."""
+        """The child's command line; what is secret goes by `env`."""
         return [
             *(sys.executable, "-m", "keel_trainer.run", "--run", run),
-            *("--redis", self.redis_url, "--runs", str(self.runs)),
-            *("--fencing-token", str(fencing_token)),
+            *("--runs", str(self.runs), "--fencing-token", str(fencing_token)),
             *("--device", self.device, "--threads", str(self.threads)),
         ]
+
+    def env(self) -> dict[str, str]:
+        """The child's environment."""
+        # cuBLAS repeats its bits only with a workspace of fixed size
+        fixed = {"KEEL_REDIS_URL": self.redis_url, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        return os.environ | fixed
 
 
 class TrainerServicer(pb_grpc.TrainerServiceServicer):
@@ -56,7 +61,7 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
 
     def __init__(self, options: ChildOptions) -> None:
         self._options = options
-        self._redis = connect(options.redis_url)
+        self._redis = connect(options.redis_url, retries=3)
         self._children: dict[str, asyncio.Task[None]] = {}
 
     async def StartRun(
@@ -85,10 +90,13 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
         self, request: pb.CancelRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.CancelRunResponse:
         view = await self._desire(request, Desired.CANCELLED)
-        if not view.running and not Phase(pb.RunPhase.Name(view.phase)[10:]).final:
-            store = self._store(request.run, request.fencing_token)
-            await asyncio.to_thread(store.write, phase=Phase.CANCELLED, finished_s=time.time())
-            view.phase = pb.RUN_PHASE_CANCELLED
+        if not view.running:
+            # read again: its process may have ended it a moment ago
+            record = await self._record(request.run)
+            if not record.phase.final:
+                store = self._store(request.run, request.fencing_token)
+                await asyncio.to_thread(store.end, Phase.CANCELLED)
+            view = self._view(await self._record(request.run))
         return pb.CancelRunResponse(run=view)
 
     async def GetRun(
@@ -117,10 +125,14 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
         await asyncio.gather(*self._children.values(), return_exceptions=True)
 
     async def _supervise(self, run: str, fencing_token: int) -> None:
-        for restart in range(_MAX_RESTARTS + 1):
-            if restart:
-                await asyncio.sleep(_RESTART_DELAY_S)
-            child = await asyncio.create_subprocess_exec(*self._options.argv(run, fencing_token))
+        failures, progress = 0, None
+        while failures <= _MAX_FAILURES:
+            child = await asyncio.create_subprocess_exec(
+                *self._options.argv(run, fencing_token),
+                env=self._options.env(),
+                # never written to: it ends with this process, and the child with it
+                stdin=asyncio.subprocess.PIPE,
+            )
             log.info("run %s: child %d started", run, child.pid)
             try:
                 status = await child.wait()
@@ -129,11 +141,20 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
             if status == 0:
                 return
             log.warning("run %s: child %d ended with status %d", run, child.pid, status)
+            await asyncio.sleep(_RESTART_DELAY_S)
+            before, progress = progress, await self._progress(run)
+            failures = failures + 1 if progress == before else 1
         store = self._store(run, fencing_token)
-        error = f"its training process died {_MAX_RESTARTS + 1} times, last with status {status}"
-        await asyncio.to_thread(
-            store.write, phase=Phase.FAILED, error=error, finished_s=time.time()
-        )
+        error = f"its training process died {failures} times in one place, with status {status}"
+        await asyncio.to_thread(store.end, Phase.FAILED, error=error)
+
+    async def _progress(self, run: str) -> tuple[int, int] | None:
+        """Supervised and optimizer steps done; None while Redis is away."""
+        try:
+            record = await self._record(run)
+        except UNREACHABLE:
+            return None
+        return record.cold_start_step, record.step
 
     async def _desire(
         self,
@@ -150,9 +171,10 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
         if not run:
             raise InvalidField("run", run, "a run id")
         record = await asyncio.to_thread(self._store(run, 2**63).read)
-        if fencing_token is not None and fencing_token < record.fencing_token:
+        if fencing_token is not None and fencing_token != record.fencing_token:
             raise FencedError(
-                f"fencing_token: {fencing_token} is over; run {run!r} has {record.fencing_token}"
+                f"fencing_token: {fencing_token} is not the lease of run {run!r}; "
+                f"valid: {record.fencing_token}"
             )
         return record
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,7 +20,14 @@ from keel_trainer.algo.objective import loss_denominator, minirl_loss, sft_loss
 from keel_trainer.algo.replay import ReplayPlan
 from keel_trainer.backends.base import Backend, ScoreOutput
 from keel_trainer.batch import MicroBatch, collate, cut_micro_batches
-from keel_trainer.sequences import RouteShape, TrainSequence, decode_sequence
+from keel_trainer.sequences import (
+    RouteShape,
+    TrainSequence,
+    decode_demonstration,
+    decode_sequence,
+)
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, float | int | None]
 
@@ -60,7 +69,8 @@ class MiniBatch:
             WireError: an envelope is malformed.
         """
         began = time.perf_counter()
-        groups = [_decode_group(envelope, vocab_size, routes) for envelope in envelopes]
+        groups = [_decode_group(envelope, spec, vocab_size, routes) for envelope in envelopes]
+        _report_invalid(groups, envelopes)
         everything = [sequence for group in groups for sequence in group]
         rewards_N = torch.tensor([s.reward if s.valid else 0.0 for s in everything])
         groups_N = torch.tensor(
@@ -209,21 +219,69 @@ def imitate(
     return loss
 
 
+def decode_demonstrations(envelope: sequence_pb2.Envelope, vocab_size: int) -> list[TrainSequence]:
+    """The demonstrations of one supervised step. WireError if the envelope holds something else."""
+    kind = envelope.WhichOneof("payload")
+    if kind != "demonstrations":
+        raise WireError(
+            f"supervised step {envelope.id.lap}: payload {kind} is not valid; valid: demonstrations"
+        )
+    return [
+        decode_demonstration(demonstration, vocab_size=vocab_size)
+        for demonstration in envelope.demonstrations.demonstrations
+    ]
+
+
 def _decode_group(
-    envelope: sequence_pb2.Envelope, vocab_size: int, routes: RouteShape | None
+    envelope: sequence_pb2.Envelope, spec: RunSpec, vocab_size: int, routes: RouteShape | None
 ) -> list[TrainSequence]:
+    """The sequences of a slot; none of a VOID one, and none valid where fewer than two are."""
     kind = envelope.WhichOneof("payload")
     if kind == "void":
         return []
     place = f"slot {envelope.id.lap}/{envelope.id.slot}"
     if kind != "group":
         raise WireError(f"{place}: payload {kind} is not valid; valid: group or void")
-    return [
-        decode_sequence(
-            sequence, vocab_size=vocab_size, routes=routes, field=f"{place} sequences[{index}]"
+    if len(envelope.group.sequences) != spec.rollout.group_size:
+        raise WireError(
+            f"{place}: {len(envelope.group.sequences)} sequences are not valid; "
+            f"valid: {spec.rollout.group_size}"
         )
-        for index, sequence in enumerate(envelope.group.sequences)
-    ]
+    group = []
+    for index, sequence in enumerate(envelope.group.sequences):
+        field = f"{place} sequences[{index}]"
+        _check_sampling(sequence.sampling, spec.rollout.temperature, f"{field}.sampling")
+        group.append(decode_sequence(sequence, vocab_size=vocab_size, routes=routes, field=field))
+    if sum(sequence.valid for sequence in group) < 2:
+        lonely = "fewer than two of its group are valid"
+        return [replace(s, valid=False, invalid_reason=s.invalid_reason or lonely) for s in group]
+    return group
+
+
+def _check_sampling(sampling: sequence_pb2.SamplingParams, temperature: float, field: str) -> None:
+    """Another temperature than the trainer's, or truncation, would bias pi / mu unseen."""
+    if not math.isclose(sampling.temperature, temperature, rel_tol=1e-6):
+        raise WireError(
+            f"{field}.temperature: {sampling.temperature} is not valid; valid: {temperature}"
+        )
+    if sampling.top_k or (sampling.HasField("top_p") and sampling.top_p != 1):
+        raise WireError(
+            f"{field}: top_k {sampling.top_k}, top_p {sampling.top_p} are not valid; "
+            "valid: 0 and 1, the full vocabulary"
+        )
+
+
+def _report_invalid(
+    groups: Sequence[Sequence[TrainSequence]], envelopes: Sequence[sequence_pb2.Envelope]
+) -> None:
+    """Says what is not trained on, and why."""
+    for group, envelope in zip(groups, envelopes, strict=True):
+        reasons = [s.invalid_reason for s in group if not s.valid]
+        if not group:
+            reasons = [f"VOID: {envelope.void.reason}"]
+        if reasons:
+            place = (envelope.id.lap, envelope.id.slot)
+            log.warning("slot %d/%d: %d left out: %s", *place, len(reasons), reasons[0])
 
 
 def _data_row(
@@ -241,7 +299,7 @@ def _data_row(
         "response/length_mean": _mean(lengths),
         "response/truncated": _mean([s.truncated for s in everything]),
         "groups/zero_advantage": _mean([len(set(group)) == 1 for group in trained]),
-        "groups/void": sum(not group for group in groups),
+        "groups/void": sum(not any(s.valid for s in group) for group in groups),
         "version_lag/mean": float(np.concatenate(lags).mean()) if lags else 0.0,
         "version_lag/max": int(max((lag.max() for lag in lags), default=0)),
         "tokens/prompt": sum(s.prompt_length for s in everything),
@@ -249,6 +307,6 @@ def _data_row(
     }
 
 
-def _mean(values: Sequence[float]) -> float:
-    """0 of nothing: a mini-batch may hold only VOID slots."""
-    return float(np.mean(values)) if values else 0.0
+def _mean(values: Sequence[float]) -> float | None:
+    """None of nothing: a mini-batch may hold only VOID slots, and 0 would look measured."""
+    return float(np.mean(values)) if values else None

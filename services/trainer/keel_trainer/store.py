@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from redis.retry import Retry
 
 from keel.errors import FencedError, IntegrityError, NotFound
 from keel.metrics import encode_row, evaluation_field, row_field
-from keel.queue import metrics_key, run_key, versions_key
-from keel.record import RunRecord, pack_fields
+from keel.queue import demos_key, groups_key, metrics_key, run_key, versions_key
+from keel.record import Phase, RunRecord, pack_fields
 
 UNREACHABLE = (
     redis.ConnectionError,
@@ -22,14 +23,14 @@ UNREACHABLE = (
 """Redis is away or not up yet: to be tried again."""
 
 
-def connect(url: str, *, retries: int = 120) -> redis.Redis:
-    """A client that tries again, by default for ten minutes: only for commands that may repeat."""
+def connect(url: str, *, retries: int = 20) -> redis.Redis:
+    """A client that tries again, by default for about a minute: for commands that may repeat."""
     retry = Retry(ExponentialBackoff(cap=5.0, base=0.1), retries=retries)
     return redis.Redis.from_url(url, retry=retry, retry_on_error=list(UNREACHABLE))
 
 
 class RunStore:
-    """One run in Redis, written under the lease that the caller holds."""
+    """One run in Redis. Reading the record checks the lease that the caller holds."""
 
     def __init__(self, client: redis.Redis, run: str, fencing_token: int) -> None:
         self.redis, self.run, self._token = client, run, fencing_token
@@ -58,6 +59,19 @@ class RunStore:
     def evaluated(self, attempt: int, step: int) -> bool:
         """The collector's evaluation after `step` is there."""
         return bool(self.redis.hexists(metrics_key(self.run), evaluation_field(attempt, step)))
+
+    def end(self, phase: Phase, *, error: str = "") -> None:
+        """Writes the final phase; what is left in the run's streams goes."""
+        self.write(phase=phase, error=error, finished_s=time.time())
+        self.drop_streams()
+
+    def drop_streams(self) -> None:
+        """Removes demonstrations and groups: nobody will train on them."""
+        self.redis.delete(demos_key(self.run), groups_key(self.run))
+
+    def newest_version(self) -> int:
+        """The highest version that was ever made; -1 before the first."""
+        return max((int(number) for number in self.redis.hkeys(versions_key(self.run))), default=-1)
 
     def record_version(self, version: int, fingerprint: int) -> None:
         """Ties a version number to its bits, for ever.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 
 import grpc
@@ -84,11 +83,8 @@ class EngineClient:
             )
         return EngineModel(reply.can, reply.loaded)
 
-    async def generate(
-        self, request: pb.GenerateRequest, model: EngineModel
-    ) -> tuple[list[Response], float]:
-        """The group's responses, and the seconds from request to last byte."""
-        began = time.perf_counter()
+    async def generate(self, request: pb.GenerateRequest, model: EngineModel) -> list[Response]:
+        """The group's responses."""
         reader = GroupReader(
             model.signature,
             samples=request.num_samples,
@@ -99,7 +95,7 @@ class EngineClient:
         try:
             async for message in call:
                 reader.add(message)
-            return reader.responses(), time.perf_counter() - began
+            return reader.responses()
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.CancelledError) as error:
             raise self._failure(error) from error
         except AbortedResponse as error:

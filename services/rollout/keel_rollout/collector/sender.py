@@ -20,7 +20,7 @@ from keel_rollout.collector.plan import Cohort, Slot
 from keel_rollout.collector.responses import Response
 
 Take = Callable[[Slot, list[Response], float, str], Awaitable[None]]
-"""Receives a group: slot, responses, seconds, engine address."""
+"""Receives a group: slot, responses, seconds since `send` began, engine address."""
 
 COHORTS_IN_FLIGHT = 2
 """One computes and one waits at the engine, so that it never idles."""
@@ -58,6 +58,7 @@ class Sender:
 
         Raises a KeelError for what a resend cannot mend.
         """
+        began_s = time.perf_counter()
         slots_in_flight = asyncio.Semaphore(COHORTS_IN_FLIGHT)
 
         async def send_one(cohort: Cohort) -> None:
@@ -73,7 +74,7 @@ class Sender:
                         with_routes=model.routed and purpose == pb.PURPOSE_TRAINING,
                     )
                     try:
-                        return await self._try(client, model, cohort, template, take)
+                        return await self._try(client, model, cohort, template, take, began_s)
                     except EngineFailure as failure:
                         await backoff.wait(failure)
 
@@ -109,6 +110,7 @@ class Sender:
         cohort: Cohort,
         template: pb.GenerateRequest,
         take: Take,
+        began_s: float,
     ) -> None:
         self._try_number = max(self._try_number + 1, _ticks())
         if model.can.deterministic:
@@ -121,8 +123,8 @@ class Sender:
                 id=slot.id, prompt_token_ids=codec.to_tensor(slot.prompt_ids_P), seed=slot.seed
             )
             request.MergeFrom(template)
-            responses, generate_s = await client.generate(request, model)
-            await take(slot, responses, generate_s, client.address)
+            responses = await client.generate(request, model)
+            await take(slot, responses, time.perf_counter() - began_s, client.address)
 
         await together(one(slot) for slot in cohort.slots)
 

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from keel_trainer.batch import MicroBatch, RouteShape
+from keel_trainer.batch import MicroBatch
+from keel_trainer.sequences import RouteShape
 
 LossFn = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 """policy_logprobs_NT (float32, with gradient, 0 outside the fed mask) -> (loss, stats)."""

@@ -96,6 +96,7 @@ class TorchBackend:
                 folder,
                 dtype=DTYPES[dtype],
                 local_files_only=True,
+                use_safetensors=True,  # never a pickle
                 attn_implementation="sdpa",
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
