@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
 SETUP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test test-unit lint format protos docs bench-wire clean
+.PHONY: help setup demo test test-unit faults lint format protos docs bench-wire clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: $(SETUP) ## run every test
 
 test-unit: $(SETUP) ## run the tests that take seconds
 	$(BIN)/pytest tests/unit tests/contract
+
+faults: $(SETUP) ## random kills, stops and cut connections on a running job; prints the table (half an hour)
+	$(BIN)/python tests/faults.py
 
 lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	$(BIN)/ruff format --check .

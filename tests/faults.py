@@ -194,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--faults", type=int, default=11, help="faults a run")
-    parser.add_argument("--laps", type=int, default=60, help="laps a run")
+    parser.add_argument("--laps", type=int, default=150, help="laps a run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = time.monotonic()
