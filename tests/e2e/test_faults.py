@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
 import pytest
+import redis
 from faults import fault_table, training_process
 from jobs import Jobs, job_spec, model_bytes
 
+from keel.queue import run_key
+from keel.record import RunRecord
 from keel_gateway.stack import Stack
 
 
@@ -137,3 +143,31 @@ def test_a_hand_of_random_faults_changes_no_bit() -> None:
     """Six of `make faults`: kills, stops of 3 s and cut connections, on any process."""
     table = fault_table(runs=1, per_run=6, laps=30, seed=1, say=logging.getLogger("faults").info)
     assert sum(map(len, table.recoveries_s.values())) >= 4
+
+
+def test_a_finished_run_stays_finished(stack: Stack, undisturbed: dict[str, Any]) -> None:
+    """Its process was killed after the last write, and is started once more."""
+    job = undisturbed["id"]
+    with redis.Redis.from_url(stack.redis_url) as client:
+        token = RunRecord.from_hash(job, client.hgetall(run_key(job))).fencing_token
+    argv = ["--run", job, "--runs", str(stack.jobs), "--fencing-token", str(token)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "keel_trainer.run", *argv],
+        env=os.environ | {"KEEL_REDIS_URL": stack.redis_url},
+        stdin=subprocess.PIPE,
+    ) as process:
+        assert process.wait(60) == 0
+    assert Jobs(stack.url).get(job) == undisturbed
+
+
+def test_lost_checkpoints_end_the_run_with_words(
+    jobs: Jobs, stack: Stack, taught: dict[str, Any]
+) -> None:
+    """What they covered is gone from the queue: it would be waited for without end."""
+    job = jobs.submit(job_spec(model=taught, recipe={"steps": 4000}))
+    jobs.wait(job, step=9)
+    kill(stack, "trainer")
+    shutil.rmtree(stack.jobs / job / "checkpoints")
+    state = jobs.wait(job)
+    assert state["phase"] == "FAILED"
+    assert "restore the newest checkpoint" in state["error"]

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
 import redis
+from faults import training_process
 from rediskit import start_redis
 
 from keel import rpc
@@ -26,9 +29,9 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return start_redis(tmp_path_factory.mktemp("redis"))
 
 
-@pytest.fixture(scope="module")
-def channel(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
-    folder = tmp_path_factory.mktemp("trainer")
+@contextmanager
+def trainer(redis_url: str, folder: Path) -> Iterator[tuple[grpc.Channel, subprocess.Popen[bytes]]]:
+    """A trainer process, and a channel to it."""
     log = folder / "trainer.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -45,10 +48,16 @@ def channel(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         with rpc.channel(f"127.0.0.1:{found[1]}") as channel:
-            yield channel
+            yield channel, process
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def channel(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[grpc.Channel]:
+    with trainer(redis_url, tmp_path_factory.mktemp("trainer")) as (channel, _):
+        yield channel
 
 
 @pytest.fixture
@@ -56,8 +65,8 @@ def stub(channel: grpc.Channel) -> pb_grpc.TrainerServiceStub:
     return pb_grpc.TrainerServiceStub(channel)
 
 
-def write(redis_url: str, run: str, **fields: object) -> None:
-    spec = parse_spec({"name": run, "model": {"path": "/nowhere"}, "recipe": {"steps": 1}})
+def write(redis_url: str, run: str, model: str = "/nowhere", **fields: object) -> None:
+    spec = parse_spec({"name": run, "model": {"path": model}, "recipe": {"steps": 1}})
     record = RunRecord(run, spec, 0.0, fencing_token=5, **fields)  # type: ignore[arg-type]
     with redis.Redis.from_url(redis_url) as client:
         client.hset(run_key(run), mapping=record.to_hash())
@@ -123,3 +132,22 @@ def test_cancel_of_a_run_without_a_process_ends_it(
         assert view.phase == pb.RUN_PHASE_CANCELLED
         cancelled = RunRecord.from_hash("idle", client.hgetall(run_key("idle")))
         assert cancelled.phase == Phase.CANCELLED
+
+
+def test_a_child_ends_with_its_service_whatever_killed_it(redis_url: str, tmp_path: Path) -> None:
+    """Else a second one would be started beside it, and each would take the other's groups."""
+    nobody = ("127.0.0.1:1",)
+    write(redis_url, "orphan", model="preset:tiny-qwen3-moe", engines=nobody)
+    with trainer(redis_url, tmp_path) as (channel, process):
+        stub = pb_grpc.TrainerServiceStub(channel)
+        stub.StartRun(pb.StartRunRequest(run="orphan", fencing_token=5), timeout=20)
+        for view in stub.WatchRun(pb.WatchRunRequest(run="orphan"), timeout=60):
+            if view.run.phase == pb.RUN_PHASE_PREPARING:
+                break
+        child = training_process("orphan")
+        assert child is not None
+        process.kill()
+        deadline = time.monotonic() + 10
+        while training_process("orphan") is not None:
+            assert time.monotonic() < deadline, f"{child} lives on"
+            time.sleep(0.05)

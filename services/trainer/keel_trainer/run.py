@@ -68,7 +68,9 @@ def _end_with_parent() -> None:
     """Ends this process when the service is gone, whatever killed it: two trainers of one run would
     take each other's groups.
     """
-    sys.stdin.buffer.read()
+    # the bare descriptor: a thread that holds sys.stdin's lock makes the interpreter's exit fatal
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 

@@ -144,6 +144,8 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
             await asyncio.sleep(_RESTART_DELAY_S)
             before, progress = progress, await self._progress(run)
             failures = failures + 1 if progress == before else 1
+        if (await self._record(run)).phase.final:
+            return
         store = self._store(run, fencing_token)
         error = f"its training process died {failures} times in one place, with status {status}"
         await asyncio.to_thread(store.end, Phase.FAILED, error=error)
