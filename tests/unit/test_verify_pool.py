@@ -53,6 +53,11 @@ class Misbehaving:
                 time.sleep(3600)
             case "slow":
                 time.sleep(0.5)
+            case "spin with a child":  # it has the worker's pipes, and outlives it
+                if os.fork() == 0:
+                    time.sleep(3600)
+                while True:
+                    pass
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
         return Verdict(float(reference), {"half": float(reference) / 2})
@@ -93,6 +98,7 @@ def good(reference: float) -> Judgement:
         ("vanish", "ended its process with exit code 0"),
         ("abort", "crashed with SIGABRT"),
         ("spin", "used more than 0.3 s of CPU time"),
+        ("spin with a child", "used more than 0.3 s of CPU time"),
         ("spin in C", "used more than 0.3 s of CPU time"),
         ("sleep", "hung: it slept for 1 s"),
         ("nan", "gave a reward of nan"),
@@ -160,6 +166,24 @@ async def test_a_worker_killed_from_outside_changes_nothing(
 async def test_a_worker_stopped_for_good_is_replaced(pool: VerifierPool) -> None:
     judgements = await while_judging(pool, lambda process: process.suspend())
     assert judgements == [good(0.0), good(1.0), good(2.0)]
+
+
+async def test_a_worker_stopped_before_a_long_request_is_replaced(pool: VerifierPool) -> None:
+    """A request of 8 MB, which the pipe to the worker does not hold."""
+    await judge(pool, "warm")
+    worker().suspend()
+    async with asyncio.timeout(10):
+        judgements = await judge(pool, *["x" * 2**20] * 8)
+    assert judgements == [good(float(index)) for index in range(8)]
+
+
+async def test_no_child_of_a_verifier_outlives_its_worker(pool: VerifierPool) -> None:
+    await judge(pool, "warm")
+    group = worker().pid
+    await judge(pool, "spin with a child")
+    await asyncio.sleep(0.1)
+    alive = [p for p in psutil.process_iter(["status"]) if p.info["status"] != "zombie"]
+    assert not [process for process in alive if os.getpgid(process.pid) == group]
 
 
 async def test_a_pause_shorter_than_that_changes_nothing(pool: VerifierPool) -> None:

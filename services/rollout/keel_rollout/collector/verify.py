@@ -13,9 +13,11 @@ CPU time and sleep are counted, never the clock: a machine that pauses changes n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -158,11 +160,8 @@ class _Worker:
             "cpu_limit_s": self._cpu_limit_s,
             "cases": [[case.prompt, case.response, case.reference] for case in rest],
         }
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            await process.stdin.drain()
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it is dead; reading says of what
+        # no drain: a worker that was stopped would hold it for ever; reading notices one
+        process.stdin.write(json.dumps(request).encode() + b"\n")
         for _ in rest:
             judgements.append(_judgement(verifier, await self._answer(process)))
 
@@ -186,6 +185,8 @@ class _Worker:
                     line = await process.stdout.readline()
                 break
             except TimeoutError:
+                if process.returncode is not None:  # dead, and a child of it has its pipe open
+                    raise await self._death(process) from None
                 state = _state(process.pid)
             except ValueError as error:
                 await self._end(process)
@@ -213,6 +214,7 @@ class _Worker:
             await self._end(process)
             return _Failed("closed the worker's output")
         self._process = None
+        _kill_group(process.pid)
         if code >= 0:
             return _Failed(f"ended its process with exit code {code}")
         by = signal.Signals(-code)
@@ -230,7 +232,7 @@ class _Worker:
         """Ends the process, if there is one; the next call starts another."""
         process, self._process = self._process, None
         if process is not None and process.returncode is None:
-            process.kill()
+            _kill_group(process.pid)
 
     async def close(self) -> None:
         process = self._process
@@ -239,6 +241,12 @@ class _Worker:
 
 
 _STOPPED = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP}
+
+
+def _kill_group(pid: int) -> None:
+    """Kills a worker and what its verifiers have started; the worker leads a group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _state(pid: int) -> str:
