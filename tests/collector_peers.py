@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from keel import rpc
 from keel.codec import fill, to_ndarray, xxh3
 from keel.presets import END, PAD, PRESETS
-from keel.queue import RUNS_KEY, groups_key, run_key, unpack
+from keel.queue import CONSUMER_GROUP, RUNS_KEY, demos_key, groups_key, run_key, unpack
 from keel.record import RunRecord, pack_fields
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.rollout.v1 import rollout_service_pb2_grpc as pb_grpc
@@ -63,7 +63,9 @@ def write_run(
     run: str = "r",
     **fields: object,
 ) -> None:
-    """A run record as gateway and trainer leave it; `fields` as in `pack_fields`."""
+    """A run record and streams as gateway and trainer leave them; `fields` as in `pack_fields`."""
+    for key in (demos_key(run), groups_key(run)):
+        client.xgroup_create(key, CONSUMER_GROUP, id="0", mkstream=True)
     record = RunRecord(run=run, spec=spec, created_s=time.time(), engines=(engine,))
     written = pack_fields(artifact=artifact, **({"phase": "TRAINING"} | fields))
     client.hset(run_key(run), mapping=record.to_hash() | written)

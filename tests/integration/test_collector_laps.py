@@ -139,7 +139,7 @@ async def test_prompts_and_seeds_depend_on_the_place_alone(
         await until(lambda: client.xlen("keel:groups:r") == 16)
     after, first = asked(1), asked(0)
     engine.requests.clear()
-    client.delete("keel:groups:r")
+    client.xtrim("keel:groups:r", maxlen=0)
     async with collector(server.url):
         await until(lambda: client.xlen("keel:groups:r") == 8)
         client.hset(run_key("r"), "attempt", 1)
@@ -291,7 +291,7 @@ async def test_a_collector_restarted_mid_lap_goes_on_from_redis(
     async with collector(server.url):
         await until(lambda: client.xlen("keel:groups:r") == 8)
     undisturbed = [without_times(envelope) for envelope in envelopes(client)]
-    client.delete("keel:groups:r")
+    client.xtrim("keel:groups:r", maxlen=0)
     forever = asyncio.Event()
     waits: set[int] = {0, 2, 4, 6, 7}
     answer = engine.Generate
@@ -330,6 +330,61 @@ async def test_redis_away_mid_lap_loses_and_repeats_nothing(
         await asyncio.sleep(0.2)
     assert [envelope.id.slot for envelope in envelopes(client)] == list(range(8))
     assert len(engine.requests) == 8
+
+
+async def test_a_full_disk_is_waited_for(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Redis refuses writes with MISCONF while a snapshot has failed."""
+    client.config_set("save", "3600 1")
+    client.config_set("dbfilename", "no-such-folder.rdb")
+    (Path(client.config_get("dir")["dir"]) / "no-such-folder.rdb").mkdir()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    client.bgsave()
+    await until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+    async with collector(server.url):
+        await until(lambda: "MISCONF" in caplog.text)
+        client.config_set("stop-writes-on-bgsave-error", "no")
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    assert not client.hexists(run_key("r"), "collector_error")
+
+
+async def test_a_stream_dropped_by_the_trainer_is_not_made_again(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """The collector learns of a run's end later than the trainer drops its streams."""
+    engine.go.clear()
+    spec = make_spec(cold_start={"steps": 1000, "batch_size": 3})
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    write_run(client, spec, artifact, engine.address, run="cold", phase="COLD_START")
+    async with collector(server.url):
+        await until(lambda: len(engine.requests) == 8 and client.xlen(demos_key("cold")) == 256)
+        client.delete("keel:groups:r", demos_key("cold"))
+        engine.go.set()
+        await until(lambda: engine.answered == 8)
+        await asyncio.sleep(0.5)
+    assert not client.exists("keel:groups:r", demos_key("cold"))
+
+
+async def test_after_a_cut_the_stream_is_read_once_for_all_that_wait(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    engine.go.clear()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: len(engine.requests) == 8)
+        server.stop()
+        engine.go.set()
+        await until(lambda: engine.answered == 8)
+        await asyncio.sleep(0.3)
+        server.start()
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        calls = client.info("commandstats")["cmdstat_xrange"]["calls"]
+    assert calls <= 4, "an empty page, or one page and an empty one, for each doubt"
 
 
 async def test_an_engine_away_mid_lap_is_waited_for(

@@ -103,7 +103,7 @@ def publish(artifact: Path, address: str) -> None:
     backend = TorchBackend.from_pretrained(artifact)
     probe = probe_tokens(64)
     record = RunRecord(run="r", spec=SPEC, created_s=0.0, engines=(address,), fencing_token=1)
-    publisher = Publisher(record, artifact, probe)
+    publisher = Publisher(record, artifact, backend.info, probe)
     publisher.publish(
         Version.build(0, backend.weights(), backend.probe_logprobs(probe)), lambda: None
     )
@@ -125,7 +125,8 @@ def test_kills_of_the_collector_change_nothing_in_the_data(
         undisturbed = envelopes(client)
         row = client.hget(metrics_key("r"), "0:0:evaluation")
 
-        client.delete("keel:groups:r", metrics_key("r"))
+        client.xtrim("keel:groups:r", maxlen=0)
+        client.delete(metrics_key("r"))
         collector.start()
         until(lambda: client.hexists(metrics_key("r"), "0:0:evaluation"))
         assert collector.end(signal.SIGKILL) == -signal.SIGKILL

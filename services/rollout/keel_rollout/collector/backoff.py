@@ -16,14 +16,13 @@ REDIS_TIMEOUT_S = 30.0
 """Seconds for one operation on Redis. Kept here and not by redis-py: its socket_timeout goes
 through asyncio.wait_for, which on Python 3.11 may swallow a cancellation."""
 
-REDIS_TROUBLE = (
+_TROUBLE = (
     redis.exceptions.ConnectionError,  # down, restarting, loading
     redis.exceptions.TimeoutError,
     TimeoutError,
     redis.exceptions.OutOfMemoryError,  # noeviction: wait until the trainer has freed some
     redis.exceptions.ReadOnlyError,  # failover
 )
-"""What passes by itself."""
 
 Result = TypeVar("Result")
 
@@ -51,6 +50,14 @@ class Backoff:
         self._wait_s = min(2 * self._wait_s, MOST_S)
 
 
+def passes(error: Exception) -> bool:
+    """An operation on Redis failed for a reason that goes away by itself or by an operator."""
+    # MISCONF: it cannot write its files, the disk being full, say; redis-py has no class for that
+    return isinstance(error, _TROUBLE) or (
+        isinstance(error, redis.exceptions.ResponseError) and str(error).startswith("MISCONF")
+    )
+
+
 async def insist(what: str, operation: Callable[[], Awaitable[Result]]) -> Result:
     """The result of an operation on Redis that may be repeated, however long Redis is away."""
     backoff = Backoff(what)
@@ -58,5 +65,7 @@ async def insist(what: str, operation: Callable[[], Awaitable[Result]]) -> Resul
         try:
             async with asyncio.timeout(REDIS_TIMEOUT_S):
                 return await operation()
-        except REDIS_TROUBLE as error:
+        except Exception as error:
+            if not passes(error):
+                raise
             await backoff.wait(f"{type(error).__name__}: {error}")

@@ -53,7 +53,7 @@ class Follower:
         """The records of all runs that are not known to be over."""
         ids: list[bytes] = await self._redis.zrange(RUNS_KEY, 0, -1)  # type: ignore[assignment]
         runs = [run for run in map(bytes.decode, ids) if run not in self._over]
-        gone = self._watched.keys() - set(runs)
+        gone = self._raw.keys() - set(runs)
         if not runs and not gone:
             return {}
         async with self._redis.pipeline(transaction=False) as pipe:
@@ -64,6 +64,7 @@ class Follower:
 
     def _look(self, run: str, raw: RawRecord) -> None:
         if not raw:
+            self._raw.pop(run, None)
             self._drop(run, "its record is gone")
             return
         if raw == self._raw.get(run):
@@ -76,6 +77,7 @@ class Follower:
             return
         if record.phase.final:
             self._over.add(run)
+            del self._raw[run]
             self._drop(run, f"it is {record.phase}")
         elif record.desired == Desired.CANCELLED:
             self._drop(run, "it is to be cancelled")
@@ -87,7 +89,6 @@ class Follower:
             self._tasks[run] = asyncio.create_task(collect(watched, self._redis, self._pool))
 
     def _drop(self, run: str, why: str) -> None:
-        self._raw.pop(run, None)
         if self._watched.pop(run, None) is not None:
             log.info("run %s: %s", run, why)
             self._tasks.pop(run).cancel()

@@ -99,8 +99,10 @@ class Sender:
         if not addresses:
             raise EngineFailure("no engine is leased")
         if self._client is None or self._client.address != addresses[0]:
-            await self.close()
-            self._client = EngineClient(addresses[0])
+            # replaced before the old one is closed: other cohorts come here meanwhile
+            old, self._client = self._client, EngineClient(addresses[0])
+            if old is not None:
+                await old.close()
         return self._client
 
     async def _try(

@@ -11,7 +11,7 @@ import redis.asyncio
 from keel.errors import WireError
 from keel.queue import pack, unpack
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector.backoff import REDIS_TIMEOUT_S, REDIS_TROUBLE, Backoff, insist
+from keel_rollout.collector.backoff import REDIS_TIMEOUT_S, Backoff, insist, passes
 
 log = logging.getLogger(__name__)
 
@@ -32,35 +32,48 @@ class SlotStream:
     """One stream of one run. There is one producer, so what it has added needs no second look.
 
     After a start, and after an XADD whose reply was lost, the stream is read to see what is there.
+    The trainer makes the stream and, when the run is over, deletes it: an XADD never makes it anew.
     """
 
     def __init__(self, client: redis.asyncio.Redis, key: str, run: str) -> None:
         self._redis, self._key, self._run = client, key, run
-        self._added: set[SlotKey] | None = None
+        self._added: set[SlotKey] = set()
+        self._in_doubt = True
+        """The stream may hold more than `_added`."""
+        self._reading = asyncio.Lock()
         self._adding = asyncio.Semaphore(_AT_ONCE)
 
     async def added(self) -> set[SlotKey]:
         """Slots known to be, or to have been, in the stream."""
-        if self._added is None:
-            self._added = await self._read()
+        async with self._reading:  # one reads for all that ask
+            while self._in_doubt:
+                self._in_doubt = False
+                try:
+                    self._added |= await self._read()
+                except BaseException:
+                    self._in_doubt = True
+                    raise
         return self._added
 
     async def add(self, envelope: sequence_pb2.Envelope) -> None:
-        """Adds the envelope unless its slot is there; waits while Redis is away."""
+        """Adds the envelope unless its slot is there; waits while Redis or the stream is away."""
         key = SlotKey(envelope.id.attempt, envelope.id.lap, envelope.id.slot)
         fields = pack(envelope)
         backoff = Backoff(f"stream {self._key}")
         while key not in await self.added():
             try:
                 async with self._adding, asyncio.timeout(REDIS_TIMEOUT_S):
-                    await self._redis.xadd(self._key, fields)  # type: ignore[arg-type]
-            except REDIS_TROUBLE as error:
-                self._added = None  # it may have arrived
+                    entry = await self._redis.xadd(self._key, fields, nomkstream=True)  # type: ignore[arg-type]
+            except Exception as error:
+                if not passes(error):
+                    raise
+                self._in_doubt = True  # it may have arrived
                 await backoff.wait(f"{type(error).__name__}: {error}")
             else:
-                if self._added is not None:
+                if entry is not None:
                     self._added.add(key)
-                return
+                    return
+                await backoff.wait("it is gone, as when the run is over")
 
     async def forget_before(self, attempt: int, lap: int) -> None:
         """Drops what is known of earlier laps; their entries may be gone."""
