@@ -145,10 +145,13 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_old_one(
 
 
 async def test_load_needs_a_config_and_a_known_precision(serving: EngineClient) -> None:
-    """No config.json, not JSON, and a dtype that the engine lacks."""
+    """No config.json, names that are paths or come twice, not JSON, a dtype the engine lacks."""
     load = serving.stub.LoadModel
     await refused(load(pb.LoadModelRequest(lease=serving.lease)), INVALID, "config.json")
     files = [pb.ModelFile(name="config.json", data=b"\xff")]
+    for name in ("", "..", "../tokenizer.json", "/etc/passwd", "a\\b", "config.json"):
+        odd = pb.LoadModelRequest(lease=serving.lease, files=[*files, pb.ModelFile(name=name)])
+        await refused(load(odd), INVALID, "files.name")
     precision = pb.EnginePrecision(dtype=tensor_pb2.D_TYPE_FLOAT32)
     broken = pb.LoadModelRequest(lease=serving.lease, files=files, precision=precision)
     await refused(load(broken), INVALID, "config.json")

@@ -27,7 +27,7 @@ from keel.rollout.v1 import rollout_service_pb2_grpc as pb_grpc
 from keel.weights.v1 import manifest_pb2
 from keel_rollout.engines.base import BrokenModel, Engine
 from keel_rollout.engines.messages import GroupMessages
-from keel_rollout.engines.requests import checked_request, checked_tokens
+from keel_rollout.engines.requests import checked_files, checked_request, checked_tokens
 from keel_rollout.engines.staging import Staging, check_manifest, check_number
 
 log = logging.getLogger(__name__)
@@ -118,9 +118,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         self, request: pb.LoadModelRequest, context: Context
     ) -> pb.LoadModelResponse:
         lease = self._fence(request)
-        files = {file.name: file.data for file in request.files}
-        if "config.json" not in files:
-            raise InvalidField("files", sorted(files), "config.json among them")
+        files = checked_files(request.files)
         key = pb.LoadModelRequest(
             lease=pb.Lease(run=lease.run),
             files=[pb.ModelFile(name=name, data=files[name]) for name in sorted(files)],
@@ -135,7 +133,12 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         async with self._changing:
             if self._loaded is not None and key == self._model_key:
                 return self._loaded
-            loaded = await self._engine.load(files, precision)
+            served, self._served = self._served, None  # no request for one model meets the other
+            try:
+                loaded = await self._engine.load(files, precision)
+            except BaseException:
+                self._served = served
+                raise
             self._loaded, self._model_key, self._run = loaded, key, run
             self._precision.CopyFrom(precision)
             if precision.quantize == pb.QUANTIZATION_UNSPECIFIED:

@@ -1,8 +1,9 @@
-"""A GenerateRequest checked against what the engine can do and has loaded."""
+"""Requests checked against the contract, and what the engine can do and has loaded."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,20 @@ def checked_request(
         with_routes=request.with_routes,
         require_policy_version=version if request.HasField("require_policy_version") else None,
     )
+
+
+def checked_files(files: Iterable[pb.ModelFile]) -> dict[str, bytes]:
+    """Contents of a model's files by base name, config.json among them."""
+    contents: dict[str, bytes] = {}
+    for file in files:
+        if file.name in ("", ".", "..") or any(mark in file.name for mark in "/\\\0"):
+            raise InvalidField("files.name", file.name, "a base name, no path")
+        if file.name in contents:
+            raise InvalidField("files.name", file.name, "each name once")
+        contents[file.name] = file.data
+    if "config.json" not in contents:
+        raise InvalidField("files", sorted(contents), "config.json among them")
+    return contents
 
 
 def checked_tokens(
