@@ -1,4 +1,4 @@
-"""The seam between servicer and engine: what an engine must do, in eight methods.
+"""The seam between servicer and engine: what an engine must do, in nine methods.
 
 The servicer (engine-agnostic) checks requests, fences callers, stages and verifies weights, cuts
 the stream into messages and hashes routes. An engine computes. To add one: a folder beside
@@ -116,7 +116,7 @@ class StagedTensor:
 class Engine(Protocol):
     """Computes one model. All methods are called on the event loop and must not block it.
 
-    The servicer calls `load`, `check`, `apply` and `probe` one at a time, and nothing but
+    The servicer calls `load`, `tensors`, `apply` and `probe` one at a time, and nothing but
     `abilities` and `load` before a model is loaded. Versions: `apply` names them; sequences report
     them.
     """
