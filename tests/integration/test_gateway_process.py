@@ -17,7 +17,7 @@ import redis
 from gateway_peers import SPEC, EnginePeer, TrainerPeer, abilities, eventually, serve
 from rediskit import start_redis
 
-from keel.queue import run_key
+from keel.queue import groups_key, run_key
 from keel.record import pack_fields
 
 
@@ -93,6 +93,34 @@ async def test_a_trainer_that_comes_back_gets_its_run_again(tmp_path: Path) -> N
                 await eventually(lambda: after.started == [(job["id"], 1)])
                 starting = f"trainer {trainer_at} is starting it"
                 await eventually(lambda: _reason_has(client, job["id"], starting))
+
+
+async def test_a_run_of_a_trainer_that_was_taken_away_can_be_cancelled(tmp_path: Path) -> None:
+    url = start_redis(tmp_path)
+    async with serve(EnginePeer(abilities())) as engine_at:
+        async with serve(TrainerPeer()) as gone_at:
+            gateway = Gateway(tmp_path, url, "--trainers", gone_at, "--engines", engine_at)
+            async with gateway() as client:
+                job = (await client.post("/v1/jobs", json=SPEC)).json()
+                assert job["trainer"] == gone_at
+        with redis.Redis.from_url(url) as client_of_trainer:
+            client_of_trainer.hset(run_key(job["id"]), mapping=pack_fields(phase="TRAINING"))
+            client_of_trainer.xadd(groups_key(job["id"]), {"envelope": b""})
+        async with serve(successor := TrainerPeer()) as trainer_at:
+            gateway = Gateway(tmp_path, url, "--trainers", trainer_at, "--engines", engine_at)
+            async with gateway() as client:
+                away = f"trainer {gone_at} does not answer"
+                await eventually(lambda: _reason_has(client, job["id"], away))
+                await eventually(lambda: _reason_has(client, job["id"], "was not told of it"))
+                second = (await client.post("/v1/jobs", json=SPEC)).json()
+                assert f"{engine_at} is leased to {job['id']}" in second["reason"]
+                await client.post(f"/v1/jobs/{job['id']}/cancel")
+                # the engine is free again
+                await eventually(lambda: successor.started == [(second["id"], 2)])
+                ended = (await client.get(f"/v1/jobs/{job['id']}")).json()
+                assert (ended["phase"], ended["reason"]) == ("CANCELLED", "")
+        with redis.Redis.from_url(url) as client_of_trainer:
+            assert not client_of_trainer.exists(groups_key(job["id"]))
 
 
 async def test_a_body_over_the_limit_does_not_stop_the_gateway(tmp_path: Path) -> None:

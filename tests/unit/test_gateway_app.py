@@ -15,6 +15,8 @@ import pytest
 import redis
 from fastapi import FastAPI
 from gateway_peers import SPEC, EnginePeer, TrainerPeer, abilities, eventually, serve
+from redis.asyncio.client import Pipeline
+from redis.exceptions import WatchError
 from rediskit import RedisServer
 
 from keel.errors import InvalidField, StateError
@@ -111,6 +113,26 @@ async def test_a_job_is_taken_leased_and_started(house: House, stack: AsyncExitS
     assert engine["run"] == job["id"]
     assert (engine["healthy"], engine["kind"], engine["state"]) == (True, "torch", "EMPTY")
     assert engine["capabilities"]["can"]["routes"] is True
+
+
+async def test_a_lost_reply_makes_no_second_job(
+    house: House, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await house.open(stack, peers=False)
+    execute, lost = Pipeline.execute, []
+
+    async def loses_one(self: Pipeline, *arguments: Any) -> Any:
+        first = self.explicit_transaction and not lost
+        answer = await execute(self, *arguments)
+        if first:  # what redis-py makes of a connection that breaks after EXEC was sent
+            lost.append(answer)
+            raise WatchError("A ConnectionError occurred while watching one or more keys")
+        return answer
+
+    monkeypatch.setattr(Pipeline, "execute", loses_one)
+    job = (await client.post("/v1/jobs", json=SPEC)).json()
+    assert len(lost) == 1
+    assert [one["id"] for one in (await client.get("/v1/jobs")).json()["jobs"]] == [job["id"]]
 
 
 async def test_toml_is_the_same_job(house: House, stack: AsyncExitStack) -> None:

@@ -125,6 +125,15 @@ class TestTransitions:
         with pytest.raises(StateError):
             transitions.refuse(running, error="no", now_s=5.0)
 
+    def test_what_its_trainer_took_ends_when_that_trainer_is_gone_and_it_is_cancelled(self) -> None:
+        running = record("r", phase=Phase.TRAINING, **LEASE)
+        wanted = transitions.cancel(running, now_s=4.0)
+        ended = transitions.abandon(wanted, now_s=5.0, orphan=True)
+        assert (ended.phase, ended.finished_s) == (Phase.CANCELLED, 5.0)
+        for kept in (running, ended):
+            with pytest.raises(StateError):
+                transitions.abandon(kept, now_s=6.0, orphan=True)
+
 
 class TestAdmission:
     def test_a_capable_engine_is_enough(self) -> None:

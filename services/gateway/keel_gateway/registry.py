@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 DEADLINE_S = 3.0
 """Of each question. A busy engine on a small machine may take a second."""
 
+MUTE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+"""Codes of a call that nobody has answered."""
+
 Capabilities = rollout_service_pb2.GetCapabilitiesResponse
 
 
@@ -122,7 +125,8 @@ def describe(error: Exception) -> str:
     """What went wrong with a peer, as the rest of a sentence that begins with its address."""
     if isinstance(error, grpc.aio.AioRpcError):
         details = (error.details() or "").rpartition("last error: UNKNOWN: ")[2]
-        return f"does not answer ({error.code().name}: {details})"
+        verb = "does not answer" if error.code() in MUTE else "answers with an error"
+        return f"{verb} ({error.code().name}: {details})"
     return str(error) or type(error).__name__
 
 

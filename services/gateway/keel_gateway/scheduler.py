@@ -27,7 +27,7 @@ from keel.trainer.v1 import trainer_service_pb2 as pb
 from keel.trainer.v1 import trainer_service_pb2_grpc
 from keel_gateway import transitions
 from keel_gateway.leases import Grant, plan
-from keel_gateway.registry import Registry, describe
+from keel_gateway.registry import MUTE, Registry, describe
 from keel_gateway.store import Store
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,10 @@ class Scheduler:
             self._trouble.pop(record.run, None)
         except grpc.aio.AioRpcError as error:
             self._started.discard(record.run)
-            self._trouble[record.run] = f"trainer {record.trainer} {describe(error)}"
+            trouble = f"trainer {record.trainer} {describe(error)}"
+            if record.trainer not in self._registry.trainers:
+                trouble += "; the gateway was not told of it (--trainers, KEEL_TRAINERS)"
+            self._trouble[record.run] = trouble
             log.warning("%s: %s", record.run, self._trouble[record.run])
         except (RedisError, StateError) as error:  # the next look sees what is true then
             log.warning("%s: %s: %s", record.run, type(error).__name__, error)
@@ -203,7 +206,13 @@ class Scheduler:
         try:
             await stub.CancelRun(request, timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            if record.phase is not Phase.QUEUED or error.code() is not grpc.StatusCode.NOT_FOUND:
+            # The operator has taken this trainer away: nobody else would ever free the engines. If
+            # its process lives after all, it reads in the record that it is to stop.
+            orphan = record.trainer not in self._registry.trainers and error.code() in MUTE
+            untaken = record.phase is Phase.QUEUED and error.code() is grpc.StatusCode.NOT_FOUND
+            if not (orphan or untaken):
                 raise
-            await self._store.change(record.run, partial(transitions.abandon, now_s=time.time()))
+            end = partial(transitions.abandon, now_s=time.time(), orphan=orphan)
+            await self._store.change(record.run, end)
+            await self._store.drop_streams(record.run)
         self._wake.set()

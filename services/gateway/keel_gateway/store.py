@@ -19,7 +19,7 @@ from redis.exceptions import WatchError
 
 from keel.errors import NotFound, WireError
 from keel.metrics import Row, evaluation_field, fields_after, merge_rows
-from keel.queue import FENCING_KEY, RUNS_KEY, metrics_key, run_key
+from keel.queue import FENCING_KEY, RUNS_KEY, demos_key, groups_key, metrics_key, run_key
 from keel.record import RunRecord, pack_fields
 from keel.spec import RunSpec
 
@@ -55,13 +55,15 @@ class Store:
 
     async def create(self, spec: RunSpec) -> RunRecord:
         """Writes the record of a new run, QUEUED, under an id that no other run has."""
+        record = _new_record(spec)
         async with self._redis.pipeline(transaction=True) as pipe:
             while True:
-                suffix = "".join(secrets.choice(SUFFIX_ALPHABET) for _ in range(6))
-                record = RunRecord(f"{spec.name}-{suffix}", spec, created_s=time.time())
                 try:
                     await pipe.watch(run_key(record.run))
-                    if await pipe.exists(run_key(record.run)):
+                    if there := await _hgetall(pipe, record.run):
+                        if float(there.get(b"created_s", 0)) == record.created_s:
+                            return record  # written before, and only the reply was lost
+                        record = _new_record(spec)
                         continue
                     pipe.multi()
                     pipe.hset(run_key(record.run), mapping=cast(Any, record.to_hash()))
@@ -115,6 +117,10 @@ class Store:
                     continue
                 return after
 
+    async def drop_streams(self, run: str) -> None:
+        """Removes demonstrations and groups of a run that no trainer will train on."""
+        await self._redis.delete(demos_key(run), groups_key(run))
+
     async def rows(self, record: RunRecord, *, after: int, limit: int) -> list[Row]:
         """Metric rows of steps in (after, record.step], ascending, at most `limit`."""
         rows: list[Row] = []
@@ -159,6 +165,11 @@ class Store:
             except (WireError, NotFound) as error:
                 log.warning("left out: %s", error)
         return records
+
+
+def _new_record(spec: RunSpec) -> RunRecord:
+    suffix = "".join(secrets.choice(SUFFIX_ALPHABET) for _ in range(6))
+    return RunRecord(f"{spec.name}-{suffix}", spec, created_s=time.time())
 
 
 async def _hgetall(redis: Any, run: str) -> dict[bytes, bytes]:

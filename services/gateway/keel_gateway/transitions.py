@@ -3,7 +3,8 @@
     change    allowed while                       the record becomes
     grant     QUEUED, RUNNING wanted, no lease    trainer, engines and fencing token set
     cancel    not ended (again: no change)        CANCELLED wanted; without a lease also CANCELLED
-    abandon   QUEUED, CANCELLED wanted            CANCELLED: the trainer never took it
+    abandon   CANCELLED wanted, and QUEUED        CANCELLED: the trainer never took it,
+              or the trainer is gone for good     or is no more
     refuse    QUEUED, leased                      FAILED: the trainer refuses its spec
 
 Every other phase is written by the trainer (`keel.record` draws them all). A lease ends with the
@@ -42,9 +43,14 @@ def cancel(record: RunRecord, *, now_s: float) -> RunRecord:
     return replace(wanted, phase=Phase.CANCELLED, finished_s=now_s)
 
 
-def abandon(record: RunRecord, *, now_s: float) -> RunRecord:
-    """Ends a leased run that is to be cancelled and that its trainer has never taken."""
-    if record.phase is not Phase.QUEUED or record.desired is not Desired.CANCELLED:
+def abandon(record: RunRecord, *, now_s: float, orphan: bool = False) -> RunRecord:
+    """Ends a leased run that is to be cancelled and that no trainer has.
+
+    Args:
+        orphan: its trainer is gone for good. Else the trainer must never have taken it.
+    """
+    theirs = record.phase.final or not (orphan or record.phase is Phase.QUEUED)
+    if theirs or record.desired is not Desired.CANCELLED:
         raise StateError(f"run {record.run!r} is its trainer's to end ({_state(record)})")
     return replace(record, phase=Phase.CANCELLED, finished_s=now_s)
 
