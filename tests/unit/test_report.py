@@ -192,6 +192,20 @@ def test_a_long_run_is_thinned_but_keeps_evaluations() -> None:
     assert rows[12_345] in thin
 
 
+def test_in_step_staleness_is_that_of_whole_laps_also_where_steps_are_thinned() -> None:
+    rows = [  # off-policiness 2: the first step of a lap has no staleness, the second 0.5
+        {"step": step, "lap": (step - 1) // 2, "staleness/k1": 0.0 if step % 2 else 0.5}
+        for step in range(1, 2 * MOST_POINTS + 1)
+    ]
+    traces = {t["name"]: t for f in figures(build_report(JOB, rows)) for t in f["traces"]}
+    assert len(traces["staleness/k1"]["y"]) == MOST_POINTS
+    assert set(traces["staleness/k1, lap maximum"]["y"]) == {0.5}
+
+
+def test_a_job_that_says_nothing_of_itself() -> None:
+    assert "0 of -" in Page(build_report({}, [])).text
+
+
 def test_zeros_are_left_out_of_a_logarithm_only() -> None:
     rows = [
         {"step": step, "lap": 0, "mismatch/k3": value, "entropy": value}

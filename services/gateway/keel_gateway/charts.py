@@ -55,7 +55,7 @@ class Line:
         values = [row.get(self.name) for row in rows]
         match self.made_of:
             case "lap maximum":
-                return lap_maximum(rows, self.name)
+                return [row.get(self.label) for row in rows]
             case "complement":
                 return [None if value is None else 1 - value for value in values]
         return values
@@ -234,6 +234,18 @@ CHARTS: Sequence[Chart] = (
         unit="seconds",
     ),
 )
+
+
+def with_lap_maxima(rows: Sequence[Row]) -> list[Row]:
+    """Rows with the columns that "lap maximum" lines draw, made while every row is still there:
+    of a thinned lap, the steps that are left say nothing of the largest.
+    """
+    lines = {line for chart in CHARTS for line in chart.lines if line.made_of == "lap maximum"}
+    maxima = [(line.label, lap_maximum(rows, line.name)) for line in lines]
+    return [
+        dict(row) | {label: values[number] for label, values in maxima}
+        for number, row in enumerate(rows)
+    ]
 
 
 def smooth(values: Sequence[float]) -> list[float]:

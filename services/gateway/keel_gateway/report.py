@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from keel.metrics import COLUMNS, Row
 from keel_gateway.admission import R3_FROM
-from keel_gateway.charts import CHARTS, SMOOTHING_SHARE, Chart
+from keel_gateway.charts import CHARTS, SMOOTHING_SHARE, Chart, with_lap_maxima
 from keel_gateway.summary import (
     Summary,
     column,
@@ -56,7 +56,7 @@ def write_report(path: Path, job: Job, rows: Sequence[Row]) -> None:
 def build_report(job: Job, rows: Sequence[Row]) -> str:
     """The report as HTML. All that users wrote is escaped."""
     rows = sorted(rows, key=lambda row: row.get("step") or 0)
-    drawn = thinned(rows)
+    drawn = thinned(with_lap_maxima(rows))
     charts = [chart for chart in CHARTS if chart.shown(drawn)]
     # "<" would let a name end the script element that holds the data
     data = json.dumps([chart.figure(drawn) for chart in charts]).replace("<", "\\u003c")
@@ -114,7 +114,7 @@ def _numbers(job: Job, rows: Sequence[Row], found: Summary) -> list[tuple[str, s
     return [
         ("reward, first → last tenth", _pair(found.reward_first, found.reward_last, ".3f")),
         ("held-out accuracy", _pair(found.accuracy_first, found.accuracy_last, ".3f")),
-        ("steps", f"{job.get('step', found.steps):,} of {job.get('steps', '?'):,}"),
+        ("steps", f"{job.get('step', found.steps):,} of {_number(job.get('steps'), ',')}"),
         ("mean mismatch/k3", _number(mean(column(trained, "mismatch/k3")), ".2e")),
         ("mean staleness/k3", _number(mean(column(trained, "staleness/k3")), ".2e")),
         (
