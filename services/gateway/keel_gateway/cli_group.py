@@ -49,6 +49,12 @@ class KeelGroup(TyperGroup):
             for text in sentences(error):
                 err.print(text, style="red", markup=False, soft_wrap=True)
             raise typer.Exit(status(error)) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}"  # a path of the user's, say of --out
+            err.print(text, style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(BAD_INPUT) from error
 
 
 def sentences(error: KeelError) -> list[str]:
