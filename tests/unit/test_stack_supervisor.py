@@ -191,10 +191,21 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path: Path) -> None:
     lock_folder(tmp_path, "--dir").close()
 
 
-def testfree_ports_are_below_those_of_outgoing_connections() -> None:
+def test_free_ports_are_below_those_of_outgoing_connections() -> None:
     ports = {free_port(set()) for _ in range(20)}
     assert all(20000 <= port < 30000 for port in ports)
     assert len(ports) > 1
+
+
+def test_the_gateways_port_is_taken_from_a_service_that_had_it(tmp_path: Path) -> None:
+    before = Stack(tmp_path)
+    before.dir.mkdir(exist_ok=True)
+    before._services()
+    asked = before.ports["trainer"]
+    after = Stack(tmp_path, port=asked)
+    after._services()
+    assert after.ports["gateway"] == asked != after.ports["trainer"]
+    assert after.ports["engine-0"] == before.ports["engine-0"]
 
 
 def test_services_keep_their_ports_because_leases_name_them(

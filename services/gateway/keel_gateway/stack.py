@@ -157,12 +157,13 @@ class Stack:
         for folder in (self.jobs, self.dir / "redis"):
             folder.mkdir(exist_ok=True)
         self.ports = remembered_ports(self._ports_file)
+        if self._port is not None:  # first: no other service may have it
+            self.ports = {name: port for name, port in self.ports.items() if port != self._port}
+            self.ports["gateway"] = checked_port(self._port)
         redis_service, redis_url = self._redis()
         engine_names = [f"engine-{number}" for number in range(self._engines)]
         engines = [self._address(name) for name in engine_names]
         trainer = self._address("trainer")
-        if self._port is not None:
-            self.ports["gateway"] = checked_port(self._port)
         gateway = self._address("gateway")
         self.url = f"http://{gateway}"
         write_json(self._ports_file, self.ports)
