@@ -104,8 +104,9 @@ class RunRecord:
         Fields that only a newer writer knows are passed over.
         """
         values = {key.decode(): value.decode() for key, value in raw.items()}
-        if "spec" not in values:
-            raise WireError(f"run record {run!r} has no spec")
+        for required in ("spec", "created_s"):
+            if required not in values:
+                raise WireError(f"run record {run!r} has no {required}")
         known: dict[str, object] = {}
         try:
             known["spec"] = parse_spec(json.loads(values.pop("spec")))
