@@ -60,8 +60,8 @@ def replay_stats(requested_NTLK: Tensor, dispatched_NTLK: Tensor, mask_NT: Tenso
 def metrics(stats: Stats) -> dict[str, float | None]:
     """The algorithm's columns of a row, from merged stats.
 
-    Without a valid token every mean and maximum is None. `routing/*` appear only where routes were compared;
-    `replay/*` always do.
+    Without a valid token every mean and maximum is None. `routing/*` appear only where routes were
+    compared; `replay/*` always do.
     """
     sums = {key: float(value) for key, value in stats.items()}
     tokens = sums.get("tokens", 0.0)

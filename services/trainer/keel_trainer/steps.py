@@ -172,7 +172,9 @@ def update(
             stats.append(
                 diagnostics.routing_stats(micro.engine_routes_NTLK, live, micro.routes_mask_NT)
             )
-    grad_norm = backend.step(learning_rate(recipe, step)) if minibatch.micros else 0.0
+    grad_norm = backend.step(learning_rate(recipe, step)) if minibatch.micros else None
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        log.warning("step %d: the gradient norm is %s, nothing is changed", step + 1, grad_norm)
     return (
         minibatch.row
         | diagnostics.metrics(diagnostics.merge(stats))
@@ -300,8 +302,8 @@ def _data_row(
         "response/truncated": _mean([s.truncated for s in everything]),
         "groups/zero_advantage": _mean([len(set(group)) == 1 for group in trained]),
         "groups/void": sum(not any(s.valid for s in group) for group in groups),
-        "version_lag/mean": float(np.concatenate(lags).mean()) if lags else 0.0,
-        "version_lag/max": int(max((lag.max() for lag in lags), default=0)),
+        "version_lag/mean": float(np.concatenate(lags).mean()) if lags else None,
+        "version_lag/max": int(max(lag.max() for lag in lags)) if lags else None,
         "tokens/prompt": sum(s.prompt_length for s in everything),
         "tokens/response": sum(lengths),
     }
