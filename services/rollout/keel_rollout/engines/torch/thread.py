@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -13,15 +14,15 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
-class CommandThread(threading.Thread):
-    """Runs commands in the order in which they came, and `turn` between them."""
+class CommandThread(threading.Thread, ABC):
+    """Runs `work`, which carries out commands by `obey` in the order in which they came."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Has the thread call `function` between two turns. Callable from any thread."""
+        """Has the thread call `function` at its next `obey`. Callable from any thread."""
         future: Future[Any] = Future()
 
         def command() -> None:
@@ -54,6 +55,6 @@ class CommandThread(threading.Thread):
             logging.shutdown()
             os._exit(1)
 
+    @abstractmethod
     def work(self) -> None:
         """What the thread does until it is done."""
-        raise NotImplementedError
