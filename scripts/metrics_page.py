@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from keel.metrics import COLUMNS
+from keel.metrics import COLUMNS, FAMILIES
 
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
@@ -25,8 +25,9 @@ that is not finite is null.
 
 def page() -> str:
     """The whole page."""
+    columns = COLUMNS | {f"{family}...": meaning for family, meaning in FAMILIES.items()}
     rows = (
-        f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in COLUMNS.items()
+        f"| `{name}` | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in columns.items()
     )
     return HEAD + "\n".join(rows) + "\n"
 

@@ -56,7 +56,25 @@ COLUMNS: dict[str, str] = {
     "tokens/trained": "response tokens of valid sequences",
     "accuracy/eval": "greedy accuracy on held-out prompts, after this step",
 }
-"""Every column of a row, with its meaning and unit."""
+"""Every column that each run has, with its meaning and unit."""
+
+FAMILIES: dict[str, str] = {
+    "reward/part/": "mean over valid responses of one part of the reward, before weighting",
+    "eval/": "one held-out set, after this step: eval/SET/avg@K and eval/SET/pass@K",
+    "routing/layer/": "routing/pair_disagree of one MoE layer, by its global layer number",
+}
+"""Columns whose names depend on the run: what they begin with, and what they mean."""
+
+
+def meaning(column: str) -> str | None:
+    """What a column says; None if there is no such column.
+
+    Example:
+        meaning("reward/part/format") == FAMILIES["reward/part/"]
+    """
+    if column in COLUMNS:
+        return COLUMNS[column]
+    return next((says for family, says in FAMILIES.items() if column.startswith(family)), None)
 
 
 def row_field(attempt: int, step: int) -> str:
@@ -71,7 +89,7 @@ def evaluation_field(attempt: int, step: int) -> str:
 
 def encode_row(row: Mapping[str, float | int | None]) -> str:
     """A row as JSON. What is not finite becomes null, since JSON has no NaN."""
-    unknown = row.keys() - COLUMNS.keys()
+    unknown = [column for column in row if meaning(column) is None]
     assert not unknown, f"not metric columns: {unknown}"
     return json.dumps(
         {
