@@ -23,7 +23,10 @@ def test_every_step_has_a_row_with_every_metric(jobs: Jobs, undisturbed: dict[st
     assert [row["step"] for row in rows] == list(range(13))
     assert [row["step"] for row in rows if "accuracy/eval" in row] == [0, 4, 8, 12]
     for row in rows[1:]:
-        assert row.keys() | {"accuracy/eval"} == COLUMNS.keys()
+        by_layer = ["routing/layer/0", "routing/layer/1"]
+        assert row.keys() | {"accuracy/eval"} == COLUMNS.keys() | set(by_layer)
+        mean = sum(row[layer] for layer in by_layer) / 2
+        assert row["routing/pair_disagree"] == pytest.approx(mean, rel=1e-12)
         assert all(isinstance(value, int | float) for value in row.values()), row
         assert row["lap"] == row["policy_version"] == (row["step"] - 1) // 4
         assert row["version_lag/max"] == 0

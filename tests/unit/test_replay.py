@@ -80,12 +80,15 @@ def test_comparison_by_hand():
     """Two tokens, two layers, K = 2: pairs equal (another order), half, equal, none."""
     a = torch.tensor([[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]])
     b = torch.tensor([[[[1, 0], [2, 9]], [[4, 5], [8, 9]]]])
-    stats = routing_stats(a, b, torch.tensor([[True, True]]))
+    stats = routing_stats(a, b, torch.tensor([[True, True]]), layers=(3, 70))
     row = metrics(stats)
     assert row["routing/pair_disagree"] == 0.5
     assert row["routing/token_disagree"] == 1.0
     assert row["routing/overlap"] == (2 + 1 + 2 + 0) / 8
-    first_only = metrics(routing_stats(a, b, torch.tensor([[True, False]])))
+    # by global layer number; the first layer agrees on both tokens, the second on none
+    assert row["routing/layer/3"] == 0.0
+    assert row["routing/layer/70"] == 1.0
+    first_only = metrics(routing_stats(a, b, torch.tensor([[True, False]]), layers=(3, 70)))
     assert first_only["routing/overlap"] == 0.75
 
 
@@ -95,12 +98,17 @@ def test_counts_add_up_and_the_order_of_ids_is_irrelevant(seed, split):
     a, b = random_routes(seed), random_routes(seed + 1)
     mask = torch.rand(3, 5, generator=torch.Generator().manual_seed(seed)) < 0.7
     order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
-    whole = routing_stats(a, b, mask)
-    shuffled = routing_stats(a[..., order], b, mask)
+    whole = routing_stats(a, b, mask, layers=(0, 1))
+    shuffled = routing_stats(a[..., order], b, mask, layers=(0, 1))
     parts = merge(
-        routing_stats(a[rows], b[rows], mask[rows]) for rows in (slice(split), slice(split, None))
+        routing_stats(a[rows], b[rows], mask[rows], layers=(0, 1))
+        for rows in (slice(split), slice(split, None))
     )
-    assert metrics(whole) == metrics(shuffled) == metrics(parts)
+    row = metrics(whole)
+    assert row == metrics(shuffled) == metrics(parts)
+    if mask.any():
+        layers = (row["routing/layer/0"], row["routing/layer/1"])
+        assert sum(layers) / 2 == pytest.approx(row["routing/pair_disagree"], rel=1e-12)
     for token_a, token_b in zip(a[mask].tolist(), b[mask].tolist(), strict=True):
         for k_a, k_b in zip(token_a, token_b, strict=True):
             assert len(set(k_a)) == len(set(k_b)) == 3
@@ -125,7 +133,9 @@ def test_compact_dtypes_compare_like_int64():
     a, b = random_routes(3), random_routes(4)
     mask = torch.ones(3, 5, dtype=torch.bool)
     for dtype in (torch.uint8, torch.int16):
-        assert compare_routes(a.to(dtype), b, mask) == compare_routes(a, b, mask)
+        compact = vars(compare_routes(a.to(dtype), b, mask))
+        for name, counts in vars(compare_routes(a, b, mask)).items():
+            assert torch.equal(compact[name], counts), name
 
 
 def test_nothing_compared_gives_no_routing_columns():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -10,6 +10,10 @@ from keel_trainer.algo.replay import compare_routes
 
 Stats = dict[str, Tensor]
 """Float64 scalars that add up; keys ending in `_max` take the maximum."""
+
+
+_LAYER = "routing/layer/"
+"""Begins the columns of single MoE layers, and the keys of their differing pairs."""
 
 
 def merge(parts: Iterable[Stats]) -> Stats:
@@ -31,14 +35,18 @@ def entropy_stats(entropy_NT: Tensor, mask_NT: Tensor) -> Stats:
     return {"entropy": entropy_NT[mask_NT].double().sum()}
 
 
-def routing_stats(engine_NTLK: Tensor, live_NTLK: Tensor, mask_NT: Tensor) -> Stats:
+def routing_stats(
+    engine_NTLK: Tensor, live_NTLK: Tensor, mask_NT: Tensor, *, layers: Sequence[int]
+) -> Stats:
     """Engine's routes against the trainer's live top-k, over every real position.
 
     `live_NTLK` comes from the scoring pass, or from the update at N = 1. Under R3 it is conditional
-    on replayed lower layers.
+    on replayed lower layers. `layers`: global number of each of the L layers.
     """
     counts = compare_routes(engine_NTLK, live_NTLK, mask_NT)
-    return {
+    differ_L = counts.tokens - counts.pairs_equal_L
+    by_layer = {f"{_LAYER}{n}": differ for n, differ in zip(layers, differ_L, strict=True)}
+    return by_layer | {
         "routing_pairs": counts.pairs,
         "routing_pairs_differ": counts.pairs - counts.pairs_equal,
         "routing_tokens": counts.tokens,
@@ -61,7 +69,7 @@ def metrics(stats: Stats) -> dict[str, float | None]:
     """The algorithm's columns of a row, from merged stats.
 
     Without a valid token every mean and maximum is None. `routing/*` appear only where routes were
-    compared; `replay/*` always do.
+    compared (`routing/layer/N` averages to `routing/pair_disagree`); `replay/*` always do.
     """
     sums = {key: float(value) for key, value in stats.items()}
     tokens = sums.get("tokens", 0.0)
@@ -100,4 +108,6 @@ def metrics(stats: Stats) -> dict[str, float | None]:
             "routing/token_disagree": mean("routing_tokens_differ", sums["routing_tokens"]),
             "routing/overlap": mean("routing_experts_shared", sums["routing_experts"]),
         }
+        # every token has one pair in each layer
+        row |= {k: mean(k, sums["routing_tokens"]) for k in sums if k.startswith(_LAYER)}
     return row

@@ -170,7 +170,12 @@ def update(
         live = scored.natural_NTLK if scored else out.natural_NTLK
         if micro.engine_routes_NTLK is not None and live is not None:
             stats.append(
-                diagnostics.routing_stats(micro.engine_routes_NTLK, live, micro.routes_mask_NT)
+                diagnostics.routing_stats(
+                    micro.engine_routes_NTLK,
+                    live,
+                    micro.routes_mask_NT,
+                    layers=backend.info.moe_layer_numbers,
+                )
             )
     grad_norm = backend.step(learning_rate(recipe, step)) if minibatch.micros else None
     if grad_norm is not None and not math.isfinite(grad_norm):

@@ -103,6 +103,8 @@ class RouteComparison:
     """(token, layer) pairs compared."""
     pairs_equal: Tensor
     """Pairs with equal expert sets."""
+    pairs_equal_L: Tensor
+    """The same, layer by layer."""
     tokens: Tensor
     """Tokens compared."""
     tokens_equal: Tensor
@@ -125,9 +127,11 @@ def compare_routes(a_NTLK: Tensor, b_NTLK: Tensor, mask_NT: Tensor) -> RouteComp
     top_k = a_SLK.shape[-1]
     equal_SL = shared_SL == top_k
     pairs = torch.tensor(float(equal_SL.numel()), dtype=torch.float64)
+    pairs_equal_L = equal_SL.sum(0).double()
     return RouteComparison(
         pairs=pairs,
-        pairs_equal=equal_SL.sum().double(),
+        pairs_equal=pairs_equal_L.sum(),
+        pairs_equal_L=pairs_equal_L,
         tokens=torch.tensor(float(equal_SL.shape[0]), dtype=torch.float64),
         tokens_equal=equal_SL.all(-1).sum().double(),
         experts_shared=shared_SL.sum().double(),
