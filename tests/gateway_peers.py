@@ -13,6 +13,7 @@ from keel import rpc
 from keel.errors import NotFound
 from keel.rollout.v1 import rollout_service_pb2 as rollout
 from keel.rollout.v1 import rollout_service_pb2_grpc
+from keel.samples import Sample, sample_field
 from keel.trainer.v1 import trainer_service_pb2 as trainer
 from keel.trainer.v1 import trainer_service_pb2_grpc
 from keel.types.v1 import tensor_pb2
@@ -39,6 +40,33 @@ def abilities(**changes: Any) -> rollout.EngineAbilities:
         "max_group_size": 64,
     }
     return rollout.EngineAbilities(**can | changes)
+
+
+def sample_hash(step: int) -> dict[str, str]:
+    """Three samples of a step as the trainer leaves them, N = 4."""
+    return {
+        sample_field(0, step, index): Sample(
+            attempt=0,
+            step=step,
+            lap=(step - 1) // 4,
+            slot=2,
+            sample=index,
+            policy_version=0,
+            reward=float(index == 1),
+            reward_parts={},
+            advantage=index - 1.0,
+            truncated=False,
+            valid=True,
+            invalid_reason="",
+            prompt="12*3=",
+            response="36",
+            tokens=["3", "6"],
+            rollout_logprobs=[-0.5, -0.25],
+            proximal_logprobs=[-0.5, -0.5],
+            experts_differ=[0, 1],
+        ).model_dump_json()
+        for index in range(3)
+    }
 
 
 class EnginePeer(rollout_service_pb2_grpc.RolloutServiceServicer):

@@ -68,6 +68,7 @@ def sequence(
         rollout_logprobs_R=rollout_logprobs.astype(np.float32),
         routes_TLK=routes,
         policy_versions_R=np.zeros(response, np.int64),
+        reward_parts={},
         reward=reward,
         truncated=False,
         valid=valid,

@@ -44,6 +44,11 @@ def metrics_key(run: str) -> str:
     return f"keel:metrics:{run}"
 
 
+def samples_key(run: str) -> str:
+    """Hash: samples, JSON (`keel.samples`)."""
+    return f"keel:samples:{run}"
+
+
 def versions_key(run: str) -> str:
     """Hash: policy version to weights fingerprint, 16 hexadecimal digits."""
     return f"keel:versions:{run}"

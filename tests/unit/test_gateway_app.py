@@ -14,14 +14,22 @@ import httpx
 import pytest
 import redis
 from fastapi import FastAPI
-from gateway_peers import SPEC, EnginePeer, TrainerPeer, abilities, eventually, serve
+from gateway_peers import (
+    SPEC,
+    EnginePeer,
+    TrainerPeer,
+    abilities,
+    eventually,
+    sample_hash,
+    serve,
+)
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 from rediskit import RedisServer
 
 from keel.errors import InvalidField, StateError
 from keel.metrics import encode_row, evaluation_field, row_field
-from keel.queue import FENCING_KEY, RUNS_KEY, metrics_key, run_key
+from keel.queue import FENCING_KEY, RUNS_KEY, metrics_key, run_key, samples_key
 from keel.record import pack_fields
 from keel_gateway.app import create_app
 from keel_gateway.settings import Settings
@@ -389,6 +397,27 @@ async def test_metrics_are_paged_and_merged(house: House, stack: AsyncExitStack)
     assert last["lap"] == 7
 
 
+async def test_samples_come_in_whole_steps(house: House, stack: AsyncExitStack) -> None:
+    client = await house.open(stack, peers=False)
+    run = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
+    url = f"/v1/jobs/{run}/samples"
+    assert (await client.get(url)).json() == {"samples": []}
+    for step in (1, 5, 10, 101):
+        house.redis.hset(samples_key(run), mapping=sample_hash(step))
+    everything = (await client.get(url)).json()["samples"]
+    places = [(one["step"], one["sample"]) for one in everything]
+    assert places == [(step, sample) for step in (1, 5, 10, 101) for sample in range(3)]
+    assert everything[4] == json.loads(sample_hash(5)["0:5:1"])
+    page = (await client.get(f"{url}?limit=7")).json()["samples"]
+    assert [one["step"] for one in page] == [1] * 3 + [5] * 3
+    page = (await client.get(f"{url}?limit=1&after=5")).json()["samples"]
+    assert [one["step"] for one in page] == [10] * 3
+    assert (await client.get(f"{url}?after=101")).json() == {"samples": []}
+    the_problem(await client.get("/v1/jobs/none/samples"), 404)
+    body = the_problem(await client.get(f"{url}?limit=0"), 422)
+    assert body["errors"][0]["field"] == "limit"
+
+
 async def test_readiness(house: House, stack: AsyncExitStack) -> None:
     async with AsyncExitStack() as alone:
         client = await house.open(alone, peers=False)
@@ -419,7 +448,7 @@ async def test_openapi_describes_everything(house: House, stack: AsyncExitStack)
         for method, operation in methods.items():
             assert operation["description"], (method, path)
             assert operation["summary"], (method, path)
-    for name in ("Job", "RecipeSpec", "Engine", "Problem", "RolloutSpec"):
+    for name in ("Job", "RecipeSpec", "Engine", "Problem", "RolloutSpec", "Sample"):
         for key, value in components[name]["properties"].items():
             assert value.get("description"), (name, key)
     post = schema["paths"]["/v1/jobs"]["post"]

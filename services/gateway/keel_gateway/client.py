@@ -15,8 +15,9 @@ import httpx
 
 from keel.errors import InvalidField, KeelError
 from keel.metrics import Row
+from keel.samples import Sample
 from keel.spec import RunSpec
-from keel_gateway.schemas import Engine, EngineList, Job, JobList, Metrics
+from keel_gateway.schemas import Engine, EngineList, Job, JobList, Metrics, Samples
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_DIR = Path("runs")
@@ -75,7 +76,7 @@ class ProblemError(KeelError):
 
 
 class GatewayClient:
-    """Jobs, metrics and engines of one gateway. Errors: Unreachable, ProblemError.
+    """Jobs, metrics, samples and engines of one gateway. Errors: Unreachable, ProblemError.
 
     Example:
         with GatewayClient("http://127.0.0.1:8080") as client:
@@ -158,6 +159,18 @@ class GatewayClient:
             if len(page.rows) < ROWS_PER_PAGE:
                 return Metrics(rows=rows, evaluation=page.evaluation)
             after = int(rows[-1]["step"])
+
+    def samples(self, run: str, *, after: int = -1) -> list[Sample]:
+        """Every sample of a step after `after`, by step, slot and sample."""
+        samples: list[Sample] = []
+        while True:
+            page = Samples.model_validate(
+                self._call("GET", f"{_path(run)}/samples", params={"after": after})
+            )
+            if not page.samples:
+                return samples
+            samples += page.samples
+            after = samples[-1].step
 
     def engines(self) -> list[Engine]:
         """Every engine that the gateway was told of."""

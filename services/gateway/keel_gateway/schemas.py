@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from keel.metrics import COLUMNS
 from keel.record import Desired, Phase, RunRecord
 from keel.rollout.v1 import rollout_service_pb2
+from keel.samples import Sample
 from keel.spec import RunSpec
 from keel_gateway.registry import Engine as EngineState
 
@@ -107,6 +108,13 @@ class Metrics(_Answer):
     )
     evaluation: dict[str, float | int | None] | None
     """The newest evaluation, whatever `after` is: it arrives later than the row of its step."""
+
+
+class Samples(_Answer):
+    """Samples of a job."""
+
+    samples: list[Sample]
+    """By step, slot and sample, ascending; all of a step's, or none."""
 
 
 class Engine(_Answer):

@@ -19,8 +19,17 @@ from redis.exceptions import WatchError
 
 from keel.errors import NotFound, WireError
 from keel.metrics import Row, evaluation_field, fields_after, merge_rows
-from keel.queue import FENCING_KEY, RUNS_KEY, demos_key, groups_key, metrics_key, run_key
+from keel.queue import (
+    FENCING_KEY,
+    RUNS_KEY,
+    demos_key,
+    groups_key,
+    metrics_key,
+    run_key,
+    samples_key,
+)
 from keel.record import RunRecord, pack_fields
+from keel.samples import Sample, fields_by_step, parse_samples
 from keel.spec import RunSpec
 
 log = logging.getLogger(__name__)
@@ -142,6 +151,23 @@ class Store:
         ]
         rows = await self._read_rows(record.run, fields) if fields else []
         return rows[-1] if rows else None
+
+    async def samples(self, record: RunRecord, *, after: int, limit: int) -> list[Sample]:
+        """Samples of steps after `after`, ascending; whole steps, at least one, up to `limit`."""
+        names = cast(list[bytes], await self._redis.hkeys(samples_key(record.run)))
+        steps = fields_by_step(names, off_policiness=record.spec.recipe.off_policiness)
+        wanted: list[str] = []
+        for step, fields in steps.items():
+            if step > after:
+                if wanted and len(wanted) + len(fields) > limit:
+                    break
+                wanted += fields
+        if not wanted:
+            return []
+        values = await cast(
+            Awaitable[list[bytes | None]], self._redis.hmget(samples_key(record.run), wanted)
+        )
+        return parse_samples(values)
 
     async def _read_rows(self, run: str, fields: list[str]) -> list[Row]:
         values = await cast(

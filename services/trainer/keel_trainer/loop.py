@@ -29,6 +29,7 @@ from keel_trainer.backends.torch import TorchBackend
 from keel_trainer.checkpoint import Checkpoints, Progress
 from keel_trainer.consumer import SlotReader
 from keel_trainer.publish import Publisher, Version, probe_tokens
+from keel_trainer.samples import Sampler
 from keel_trainer.sequences import RouteShape
 from keel_trainer.store import RunStore
 
@@ -69,6 +70,7 @@ class TrainingRun:
     demos: SlotReader
     groups: SlotReader
     plan: ReplayPlan
+    sampler: Sampler
     device: str
     cold_start_step: int
     """Supervised steps done."""
@@ -141,6 +143,7 @@ class TrainingRun:
             demos=reader[demos_key(record.run)],
             groups=reader[groups_key(record.run)],
             plan=plan,
+            sampler=Sampler(store, artifact, spec.laps),
             device=device,
             cold_start_step=progress.cold_start_step,
             step=progress.step,
@@ -201,9 +204,12 @@ class TrainingRun:
         began = time.perf_counter()
         self._publish()
         publish_s = time.perf_counter() - began
-        for step, row in enumerate(rows, start=self.step - len(rows) + 1):
+        written = range(self.step - len(rows) + 1, self.step + 1)
+        for step, row in zip(written, rows, strict=True):
             row["time/publish_s"] = publish_s / recipe.off_policiness
             self.store.write_row(self.record.attempt, step, row)
+        shown = {step: m.shown for step, m in zip(written, minibatches, strict=True)}
+        self.sampler.write(self.record.attempt, lap, shown)
         every = self.spec.checkpoint.every
         if self.step == recipe.steps or (every and self.step % every == 0):
             self._checkpoint()
@@ -221,6 +227,7 @@ class TrainingRun:
             routes=self.route_shape,
             trainer_version=lap,
             device=self.device,
+            show=lap in self.sampler.laps,
         )
         steps.score(self.backend, minibatch, self.plan)
         return minibatch

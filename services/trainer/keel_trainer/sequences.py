@@ -44,6 +44,7 @@ class TrainSequence:
     routes_TLK: npt.NDArray | None  # [T-1, L, K] e^mu_old; None: dense, unwanted, or invalid
     policy_versions_R: npt.NDArray[np.int64]  # version that sampled each response token
     reward: float
+    reward_parts: dict[str, float]  # before weighting
     truncated: bool
     valid: bool
     invalid_reason: str  # empty iff valid
@@ -116,6 +117,7 @@ def decode_sequence(
         routes_TLK=routes_TLK,
         policy_versions_R=_policy_versions(proto, prompt_length, len(token_ids_T), field),
         reward=proto.reward,
+        reward_parts={part.name: part.value for part in proto.reward_parts},
         truncated=proto.finish_reason == sequence_pb2.FINISH_REASON_LENGTH,
         valid=not reason,
         invalid_reason=reason,
@@ -142,6 +144,7 @@ def decode_demonstration(
         routes_TLK=None,
         policy_versions_R=np.zeros(response_length, np.int64),
         reward=0.0,
+        reward_parts={},
         truncated=False,
         valid=True,
         invalid_reason="",

@@ -14,7 +14,7 @@ import torch
 from keel.errors import WireError
 from keel.spec import RecipeSpec, RunSpec
 from keel.types.v1 import sequence_pb2
-from keel_trainer import diagnostics
+from keel_trainer import diagnostics, samples
 from keel_trainer.algo.advantage import group_advantages
 from keel_trainer.algo.objective import loss_denominator, minirl_loss, sft_loss
 from keel_trainer.algo.replay import ReplayPlan
@@ -47,6 +47,8 @@ class MiniBatch:
     scores: list[ScoreOutput] = field(default_factory=list)
     """By micro-batch; empty at N = 1, where pi_old = sg[pi_theta]."""
     score_s: float = 0.0
+    shown: list[samples.Shown] = field(default_factory=list)
+    """Sequences of one group that people may see; empty where the lap is not sampled."""
 
     @classmethod
     def assemble(
@@ -58,12 +60,14 @@ class MiniBatch:
         routes: RouteShape | None,
         trainer_version: int,
         device: str,
+        show: bool = False,
     ) -> MiniBatch:
         """Decodes and cuts the groups of one mini-batch, given in slot order.
 
         Args:
             routes: shape of the routes that every sequence must bring; None to ignore them.
             trainer_version: version of the weights that will be updated first.
+            show: fill `shown`.
 
         Raises:
             WireError: an envelope is malformed.
@@ -81,15 +85,14 @@ class MiniBatch:
         advantages_N = group_advantages(rewards_N, groups_N, valid_N, std_norm=recipe.std_norm)
         kept = [i for i, sequence in enumerate(everything) if sequence.valid]
         sequences = [everything[i] for i in kept]
+        cuts = cut_micro_batches([s.fed_length for s in sequences], spec.trainer.micro_batch_tokens)
         micros = [
             collate(
                 sequences[cut.start : cut.stop],
                 advantages_N[kept[cut.start : cut.stop]],
                 device=device,
             )
-            for cut in cut_micro_batches(
-                [s.fed_length for s in sequences], spec.trainer.micro_batch_tokens
-            )
+            for cut in cuts
         ]
         row = _data_row(groups, everything, sequences, trainer_version)
         return cls(
@@ -103,6 +106,7 @@ class MiniBatch:
             temperature=spec.rollout.temperature,
             row=row,
             generate_s=max((e.group.generate_s for e in envelopes), default=0.0),
+            shown=samples.choose(groups, advantages_N.tolist(), cuts) if show else [],
             score_s=time.perf_counter() - began,
         )
 
@@ -168,6 +172,8 @@ def update(
                 diagnostics.replay_stats(routes, out.dispatched_NTLK, micro.routes_mask_NT)
             )
         live = scored.natural_NTLK if scored else out.natural_NTLK
+        proximal_NT = scored.logprobs_NT if scored else out.policy_logprobs_NT
+        samples.see(minibatch.shown, index, micro, proximal_NT, live)
         if micro.engine_routes_NTLK is not None and live is not None:
             stats.append(
                 diagnostics.routing_stats(

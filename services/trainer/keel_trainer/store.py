@@ -1,9 +1,9 @@
-"""The trainer's side of Redis: run record, metric rows, fingerprints of versions."""
+"""The trainer's side of Redis: run record, metric rows, samples, fingerprints of versions."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -12,8 +12,16 @@ from redis.retry import Retry
 
 from keel.errors import FencedError, IntegrityError, NotFound
 from keel.metrics import encode_row, evaluation_field, row_field
-from keel.queue import demos_key, groups_key, metrics_key, run_key, versions_key
+from keel.queue import (
+    demos_key,
+    groups_key,
+    metrics_key,
+    run_key,
+    samples_key,
+    versions_key,
+)
 from keel.record import Phase, RunRecord, pack_fields
+from keel.samples import Sample, sample_field
 
 UNREACHABLE = (
     redis.ConnectionError,
@@ -55,6 +63,15 @@ class RunStore:
     def write_row(self, attempt: int, step: int, row: Mapping[str, float | int | None]) -> None:
         """Writes the row of a step; written again, it replaces itself."""
         self.redis.hset(metrics_key(self.run), row_field(attempt, step), encode_row(row))
+
+    def write_samples(self, attempt: int, step: int, samples: Sequence[Sample]) -> None:
+        """Writes the samples of a step, all at once; written again, they replace themselves."""
+        mapping: Mapping[Any, Any] = {
+            sample_field(attempt, step, index): sample.model_dump_json()
+            for index, sample in enumerate(samples)
+        }
+        if mapping:
+            self.redis.hset(samples_key(self.run), mapping=mapping)
 
     def evaluated(self, attempt: int, step: int) -> bool:
         """The collector's evaluation after `step` is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Path, Request
 from pydantic import ValidationError
 from pydantic_core import from_json
 
@@ -71,6 +71,7 @@ def _scheduler(request: Request) -> Scheduler:
     return scheduler
 
 
+RunId = Annotated[str, Path(description="The job's id.", max_length=80)]
 SpecBody = Annotated[RunSpec, Depends(run_spec)]
 StoreDep = Annotated[Store, Depends(_store)]
 RegistryDep = Annotated[Registry, Depends(_registry)]

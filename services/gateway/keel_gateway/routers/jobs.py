@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, look, cancel, metrics."""
+"""/v1/jobs: submit, look, cancel, metrics, samples."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import time
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Query, Response
 from redis.exceptions import RedisError
 
 from keel_gateway import transitions
 from keel_gateway.admission import engines_lack, model_lacks
 from keel_gateway.problems import Refused, responses
-from keel_gateway.routers.dependencies import RegistryDep, SchedulerDep, SpecBody, StoreDep
-from keel_gateway.schemas import Job, JobList, Metrics
+from keel_gateway.routers.dependencies import (
+    RegistryDep,
+    RunId,
+    SchedulerDep,
+    SpecBody,
+    StoreDep,
+)
+from keel_gateway.schemas import Job, JobList, Metrics, Samples
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-
-RunId = Annotated[str, Path(description="The job's id.", max_length=80)]
 
 _EXAMPLE = {
     "name": "multiplication",
@@ -132,3 +136,21 @@ async def get_metrics(
         rows=list(await store.rows(record, after=after, limit=limit)),
         evaluation=await store.newest_evaluation(record),
     )
+
+
+@router.get("/{run}/samples", summary="Read samples", responses=responses(404, 422, 503))
+async def get_samples(
+    run: RunId,
+    store: StoreDep,
+    after: Annotated[int, Query(ge=-1, description="Only steps after this one.")] = -1,
+    limit: Annotated[
+        int, Query(ge=1, le=1000, description="Most samples; but one step's always come together.")
+    ] = 40,
+) -> Samples:
+    """Single responses: text, reward, and token by token the gap of engine and trainer.
+
+    Of about 50 laps, evenly spaced over the run, at most four responses to one prompt, right and
+    wrong ones if there are both. To go on, ask again with `after` = the last sample's step.
+    """
+    record = await store.get(run)
+    return Samples(samples=await store.samples(record, after=after, limit=limit))
