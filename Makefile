@@ -45,6 +45,7 @@ lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	PYTHON=$(BIN)/python scripts/generate_protos.sh --check
 	$(BIN)/python scripts/run_schema.py --check
 	$(BIN)/python scripts/metrics_page.py --check
+	$(BIN)/python scripts/cli_page.py --check
 
 format: $(SETUP) ## format the code
 	$(BIN)/ruff format .
@@ -56,6 +57,7 @@ protos: $(SETUP) ## generate Python from the protos
 docs: $(SETUP) ## generate the reference pages in docs/
 	$(BIN)/python scripts/run_schema.py
 	$(BIN)/python scripts/metrics_page.py
+	$(BIN)/python scripts/cli_page.py
 
 bench-wire: $(SETUP) ## nanoseconds a token to encode and decode a sequence with routes
 	$(BIN)/python benchmarks/wire.py

@@ -4,140 +4,29 @@ from __future__ import annotations
 
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from clikit import TOML, Gateway, job, row
 from rich.console import Console
-from typer.testing import CliRunner
 
-from keel.record import Phase, RunRecord
-from keel.spec import parse_spec
+from keel.record import Phase
 from keel_gateway import cli_group, client
-from keel_gateway.cli import app
 from keel_gateway.client import GatewayClient, Unreachable, find_url
 from keel_gateway.follow import View, follow
-from keel_gateway.schemas import Job
 from keel_gateway.watch import curve, line, numbers, panel, watch
 
-SPEC = {
-    "name": "first",
-    "model": {"path": "preset:tiny-qwen3-moe"},
-    "cold_start": {"steps": 10},
-    "recipe": {"steps": 8, "off_policiness": 4},
-}
-TOML = """
-name = "first"
-[model]
-path = "preset:tiny-qwen3-moe"
-[recipe]
-steps = 8
-off_policiness = 4
-"""
-RECORD = RunRecord("first-abcdef", parse_spec(SPEC), created_s=1_700_000_000.0)
-
-
-def job(reason: str = "", **changes: Any) -> Job:
-    return Job.from_record(replace(RECORD, **changes), reason)
-
-
-def row(step: int, **columns: float) -> dict[str, Any]:
-    return {
-        "step": step,
-        "lap": (step - 1) // 4,
-        "reward/mean": step / 10,
-        "mismatch/k3": 1e-3,
-        "staleness/k3": 2e-4,
-        "clip/high": 0.01,
-        "clip/low": 0.002,
-        "replay/rows_requested": 50,
-        "replay/rows_obeyed": 50,
-        "tokens/response": 100,
-        "time/update_s": 0.5,
-        "time/wait_s": 0.5,
-    } | columns
-
-
-class Gateway:
-    """Answers by (method, path); an answer may be a function of nothing, to change over time."""
-
-    def __init__(self) -> None:
-        self.answers: dict[tuple[str, str], Any] = {}
-        self.asked: list[tuple[str, str, Any]] = []
-        self.url = ""
-
-    def jobs(self, *found: Job) -> None:
-        self.answers["GET", "/v1/jobs"] = {"jobs": [j.model_dump(mode="json") for j in found]}
-        for one in found:
-            self.answers["GET", f"/v1/jobs/{one.id}"] = one.model_dump(mode="json")
-            self.answers["GET", f"/v1/jobs/{one.id}/metrics"] = {"rows": [], "evaluation": None}
-
-    def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        bare = path.partition("?")[0]
-        self.asked.append((method, path, body))
-        found = self.answers.get((method, bare), (404, {"title": "no", "detail": bare}))
-        found = found() if callable(found) else found
-        return found if isinstance(found, tuple) else (200, found)
-
-
-@pytest.fixture
-def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    served = Gateway()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            length = int(self.headers.get("content-length") or 0)
-            body = json.loads(self.rfile.read(length)) if length else None
-            status, answer = served.answer(self.command, self.path, body)
-            data = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_POST = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("KEEL_URL", served.url)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield served
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def keel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    def invoke(*arguments: str) -> Any:
-        monkeypatch.setattr(cli_group, "out", console := Console(width=200, file=io.StringIO()))
-        monkeypatch.setattr("keel_gateway.cli.out", console)
-        monkeypatch.setattr(
-            cli_group, "err", errors := Console(width=200, file=io.StringIO(), highlight=False)
-        )
-        result = CliRunner().invoke(app, arguments)
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        result.said = console.file.getvalue() + result.output
-        result.complained = errors.file.getvalue() + result.output
-        return result
-
-    return invoke
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    path = tmp_path / "job.toml"
-    path.write_text(TOML)
-    return str(path)
+pytest_plugins = ["cli_fixtures"]
 
 
 def test_submit_sends_what_the_file_says_and_no_defaults(
@@ -320,13 +209,14 @@ def test_watch_shows_every_phase_and_ends_with_the_run(
         assert part in lines[3]
 
 
-@pytest.mark.parametrize("phase", [Phase.FAILED, Phase.CANCELLED])
-def test_watch_of_a_run_that_did_not_succeed_exits_1(
-    keel: Callable[..., Any], gateway: Gateway, phase: Phase
+@pytest.mark.parametrize(("phase", "status"), [(Phase.FAILED, 1), (Phase.CANCELLED, 4)])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_watch_of_a_run_that_did_not_succeed(
+    keel: Callable[..., Any], gateway: Gateway, phase: Phase, status: int, flags: list[str]
 ) -> None:
     gateway.jobs(job(phase=phase, error="the loss is not finite"))
-    result = keel("watch", "first")
-    assert result.exit_code == 1
+    result = keel("watch", "first", *flags)
+    assert result.exit_code == status
     assert "the loss is not finite" in result.said
 
 
@@ -467,3 +357,174 @@ def test_a_broken_addition_does_not_take_keel_away(
     result = keel("broken")
     assert result.exit_code == 2
     assert "no_such_module" in result.complained
+
+
+def test_json_of_every_command_is_the_rest_interface_s(
+    keel: Callable[..., Any], gateway: Gateway, file: str
+) -> None:
+    """One document on stdout, nothing on stderr."""
+    body = job(reason="no engine is free").model_dump(mode="json")
+    gateway.jobs(job(reason="no engine is free"))
+    gateway.answers["POST", "/v1/jobs"] = (201, body)
+    gateway.answers["POST", "/v1/jobs/first-abcdef/cancel"] = body
+    engine = dict.fromkeys(("kind", "state", "capabilities", "last_seen_at", "run"))
+    engine |= {"address": "a:1", "healthy": False, "problem": "does not answer"}
+    gateway.answers["GET", "/v1/engines"] = {"engines": [engine]}
+    for arguments, expected in (
+        (("jobs",), {"jobs": [body]}),
+        (("engines",), {"engines": [engine]}),
+        (("submit", file), body),
+        (("cancel", "first"), body),
+    ):
+        result = keel(*arguments, "--json")
+        assert json.loads(result.stdout) == expected
+        assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_json_lines_of_watch_tell_each_change_once(
+    keel: Callable[..., Any], gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keel_gateway.cli.POLL_S", 0.0)
+    gateway.jobs(job())
+    views = iter(
+        [
+            job(reason="no engine is free").model_dump(mode="json"),
+            job(reason="no engine is free").model_dump(mode="json"),
+            job(phase=Phase.TRAINING, step=1).model_dump(mode="json"),
+            (503, {"detail": "Redis does not answer"}),
+            (503, {"detail": "Redis does not answer"}),
+            job(phase=Phase.TRAINING, step=2).model_dump(mode="json"),
+            job(phase=Phase.SUCCEEDED, step=2).model_dump(mode="json"),
+        ]
+    )
+    metrics = iter(
+        [
+            {"rows": [], "evaluation": None},
+            {"rows": [], "evaluation": None},
+            {"rows": [row(1)], "evaluation": None},
+            {"rows": [row(1), row(2)], "evaluation": None},
+            {"rows": [row(1), row(2)], "evaluation": {"step": 2, "accuracy/eval": 0.5}},
+        ]
+    )
+    gateway.answers["GET", "/v1/jobs/first-abcdef"] = lambda: next(views)
+    gateway.answers["GET", "/v1/jobs/first-abcdef/metrics"] = lambda: next(metrics)
+    result = keel("watch", "first", "--json")
+    assert result.stderr == ""
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    told = [
+        event["job"]["phase"] if event["event"] == "job" else event.get("row", {}).get("step")
+        for event in events
+    ]
+    assert told == ["QUEUED", 1, "TRAINING", None, 2, 2, "SUCCEEDED"]
+    assert "Redis does not answer" in events[3]["detail"]
+    assert [event["row"].get("accuracy/eval") for event in events[4:6]] == [None, 0.5]
+    assert events[1]["row"] == row(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer", "status", "kind", "says"),
+    [
+        (("jobs", "--limit", "x"), None, 2, "invalid", "--limit"),
+        (("cancel",), None, 2, "invalid", "JOB"),
+        (("no-such-command",), None, 2, "invalid", "no-such-command"),
+        (("cancel", "other"), None, 2, "invalid", "first-abcdef"),
+        (("engines",), (503, {"detail": "Redis does not answer"}), 3, "unavailable", "Redis"),
+        (("engines",), (500, {"title": "A fault", "detail": "oops"}), 1, "failed", "oops"),
+    ],
+)
+def test_errors_are_one_json_problem_on_stderr(
+    keel: Callable[..., Any],
+    gateway: Gateway,
+    arguments: tuple[str, ...],
+    answer: Any,
+    status: int,
+    kind: str,
+    says: str,
+) -> None:
+    gateway.jobs(job())
+    if answer:
+        gateway.answers["GET", "/v1/engines"] = answer
+    result = keel(*arguments, "--json")
+    assert (result.exit_code, result.stdout) == (status, "")
+    problem = json.loads(result.stderr)
+    assert problem["type"] == f"urn:keel:problem:{kind}"
+    assert problem["exit_status"] == status
+    assert says in problem["detail"]
+
+
+def test_a_json_problem_has_every_fault(
+    keel: Callable[..., Any], gateway: Gateway, tmp_path: Path, file: str
+) -> None:
+    path = tmp_path / "two.toml"
+    path.write_text(TOML.replace("steps = 8", "steps = 9").replace("name = ", "seed = -1\nname = "))
+    problem = json.loads(keel("submit", str(path), "--json").stderr)
+    assert {fault["field"] for fault in problem["errors"]} == {"seed", "recipe.steps"}
+    assert problem["errors"][0]["value"] in (-1, 9)
+    refusal = {"field": "engine.quantize", "value": "fp8", "valid": "none"}
+    body = {"title": "The request is not valid", "detail": "...", "errors": [refusal]}
+    gateway.answers["POST", "/v1/jobs"] = (422, body)
+    problem = json.loads(keel("submit", file, "--json").stderr)
+    assert problem["errors"] == [refusal]
+    assert problem["status"] == 422
+
+
+def test_the_help_page_has_every_exit_status(keel: Callable[..., Any]) -> None:
+    text = " ".join(keel("--help").stdout.split())
+    for code, meaning in cli_group.EXIT_STATUSES.items():
+        assert f"{code} {meaning}" in text
+
+
+def complete(words: str, url: str) -> list[str]:
+    """What bash offers after these words."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("keel")],
+        env=os.environ
+        | {
+            "_KEEL_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1 + words.endswith(" ")),
+            "KEEL_URL": url,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_job_ids_complete(gateway: Gateway) -> None:
+    gateway.jobs(job(run="second-bbb"), job(run="second-aaa"), job(run="first-aaa"))
+    assert complete("keel watch sec", gateway.url) == ["second-bbb", "second-aaa"]
+    assert complete("keel cancel ", gateway.url)[0] == "latest"
+    assert "watch" in complete("keel w", gateway.url)
+
+
+def test_completion_without_a_gateway_is_silent_and_quick() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, never answers
+        began = time.monotonic()
+        assert complete("keel watch f", f"http://127.0.0.1:{mute.getsockname()[1]}") == []
+        assert time.monotonic() - began < 5.0
+    assert complete("keel watch f", "http://127.0.0.1:1") == []
+    assert complete("keel watch f", "http://[::1") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_watch_that_is_interrupted_exits_130_and_says_that_the_job_goes_on(
+    gateway: Gateway, number: signal.Signals, flags: list[str]
+) -> None:
+    gateway.jobs(job(phase=Phase.TRAINING))
+    with subprocess.Popen(
+        [Path(sys.executable).with_name("keel"), "watch", "--url", gateway.url, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(number)
+        rest, complaint = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "TRAINING" in first
+    assert "keel cancel first-abcdef" in (complaint if flags else rest)
+    assert (rest == "") == bool(flags), "with --json stdout has events alone"

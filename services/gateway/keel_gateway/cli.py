@@ -1,6 +1,6 @@
 """The command `keel`. Other distributions add to it through the entry point group `keel.commands`.
 
-Exit status: 0 done; 1 the run failed; 2 bad input; 3 no gateway answers; 130 interrupted.
+Exit statuses and --json: `cli_group`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -18,44 +20,28 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from keel.record import Phase
 from keel.spec import load_spec
-from keel_gateway.cli_group import RUN_FAILED, KeelGroup, out
+from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
+from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
 from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
+from keel_gateway.doctor import checks, say_check
 from keel_gateway.follow import follow
 from keel_gateway.report import write_report
 from keel_gateway.run_local import run_local
 from keel_gateway.schemas import Job
 from keel_gateway.stack import Stack
 from keel_gateway.summary import duration
-from keel_gateway.watch import POLL_S, watch
+from keel_gateway.watch import POLL_S, watch, write_events
 
 app = typer.Typer(
     cls=KeelGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Reinforcement learning for Mixture-of-Experts language models, kept stable.",
-    epilog=f"JOB is an id, the beginning of one, or '{LATEST}'.",
+    epilog=f"JOB is an id, the beginning of one, or '{LATEST}'.\n\nExit status: "
+    + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_STATUSES.items())
+    + ".",
 )
-
-File = Annotated[
-    Path,
-    typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Job file (TOML)."),
-]
-JobName = Annotated[str, typer.Argument(metavar="JOB", help=f"Id, its beginning, or '{LATEST}'.")]
-Url = Annotated[
-    str | None,
-    typer.Option("--url", help="Gateway. Else KEEL_URL, `keel up` in this folder, port 8080."),
-]
-Device = Annotated[
-    str, typer.Option(envvar="KEEL_DEVICE", help="Of engines and trainer: cpu, cuda or cuda:N.")
-]
-Threads = Annotated[
-    int,
-    typer.Option(
-        min=1, envvar="KEEL_TORCH_THREADS", help="Of each engine and trainer; enters the rounding."
-    ),
-]
 
 
 @app.command()
@@ -67,17 +53,21 @@ def up(
     engines: Annotated[int, typer.Option(min=1, help="Rollout engines.")] = 1,
     device: Device = "cpu",
     threads: Threads = 1,
+    as_json: Json = False,
 ) -> None:
     """Start everything on this machine and keep it running, until Ctrl-C."""
-    out.print(f"Starting Keel's services; logs in {folder / 'logs'}")
+    say = err if as_json else out
+    say.print(f"Starting Keel's services; logs in {folder / 'logs'}")
     with Stack(folder, port=port, engines=engines, device=device, threads=threads) as stack:
-        out.print(f"Keel is up at [bold]{stack.url}[/] (API pages: {stack.url}/docs)")
-        out.print("Submit a job:  keel submit examples/multiplication.toml --watch")
+        if as_json:
+            show_json({"url": stack.url, "dir": str(stack.dir), "ports": stack.ports})
+        say.print(f"Keel is up at [bold]{stack.url}[/] (API pages: {stack.url}/docs)")
+        say.print("Submit a job:  keel submit examples/multiplication.toml --watch")
         try:
             while True:
                 signal.pause()
         except KeyboardInterrupt:
-            out.print("Stopping; jobs go on from their last checkpoint when Keel is up again")
+            say.print("Stopping; jobs go on from their last checkpoint when Keel is up again")
 
 
 @app.command()
@@ -85,14 +75,18 @@ def submit(
     file: File,
     url: Url = None,
     follow_it: Annotated[bool, typer.Option("--watch", help="Then watch it.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Submit a job file."""
     spec = load_spec(file)
     with GatewayClient(find_url(url)) as client:
         job = client.submit(spec)
         if follow_it:
-            out.print(f"Submitted {job.id}")
-            _watch(client, job)
+            if not as_json:  # the first event names it
+                out.print(f"Submitted {job.id}")
+            _watch(client, job, as_json=as_json)
+        elif as_json:
+            show_json(job.model_dump(mode="json"))
         else:
             out.print(job.id)
             if job.reason:
@@ -103,43 +97,54 @@ def submit(
 def jobs(
     url: Url = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Most jobs.")] = 20,
+    as_json: Json = False,
 ) -> None:
     """List jobs, the last submitted first."""
     with GatewayClient(find_url(url)) as client:
         found = client.jobs(limit)
+    if as_json:
+        return show_json({"jobs": [job.model_dump(mode="json") for job in found]})
     table = Table("Job", "Phase", "Step", "Age", "Note", box=None, header_style="dim")
     for job in found:
         age = duration((datetime.now(UTC) - job.created_at).total_seconds())
         note = job.error or job.reason
         table.add_row(job.id, str(job.phase), f"{job.step}/{job.steps}", age, escape(note))
-    out.print(table if found else "No jobs yet: keel submit FILE")
+    return out.print(table if found else "No jobs yet: keel submit FILE")
 
 
 @app.command("watch")
-def watch_job(job: JobName = LATEST, url: Url = None) -> None:
-    """Watch a job until it is over: rewards, both KLs, clipping, routing, speed."""
+def watch_job(job: JobName = LATEST, url: Url = None, as_json: Json = False) -> None:
+    """Watch a job until it is over: rewards, both KLs, clipping, routing, speed.
+
+    With --json a line for each change: {"event": "job", "job": ...}, {"event": "row", "row": ...}
+    (a row comes again when it has grown), {"event": "lost", "detail": ...}.
+    """
     with GatewayClient(find_url(url)) as client:
-        _watch(client, client.find(job))
+        _watch(client, client.find(job), as_json=as_json)
 
 
 @app.command()
-def cancel(job: JobName, url: Url = None) -> None:
+def cancel(job: JobName, url: Url = None, as_json: Json = False) -> None:
     """Cancel a job; its last checkpoint stays."""
     with GatewayClient(find_url(url)) as client:
         done = client.cancel(client.find(job).id)
-    out.print(f"{done.id} {done.phase if done.phase.final else 'is stopping'}")
+    if as_json:
+        return show_json(done.model_dump(mode="json"))
+    return out.print(f"{done.id} {done.phase if done.phase.final else 'is stopping'}")
 
 
 @app.command()
-def engines(url: Url = None) -> None:
+def engines(url: Url = None, as_json: Json = False) -> None:
     """List rollout engines."""
     with GatewayClient(find_url(url)) as client:
         found = client.engines()
+    if as_json:
+        return show_json({"engines": [engine.model_dump(mode="json") for engine in found]})
     table = Table("Address", "Kind", "State", "Job", "Note", box=None, header_style="dim")
     for engine in found:
         note = escape(engine.problem)
         table.add_row(engine.address, engine.kind or "?", engine.state or "?", engine.run, note)
-    out.print(table if found else "The gateway was told of no engine (KEEL_ENGINES)")
+    return out.print(table if found else "The gateway was told of no engine (KEEL_ENGINES)")
 
 
 @app.command()
@@ -166,20 +171,53 @@ def run(
     ],
     device: Device = "cpu",
     threads: Threads = 1,
+    as_json: Json = False,
 ) -> None:
-    """Run one job from nothing, on services of its own, and leave its report and model."""
-    if not run_local(load_spec(file), folder, out, device=device, threads=threads):
-        raise typer.Exit(RUN_FAILED)
+    """Run one job from nothing, on services of its own, and leave its report and model.
+
+    With --json the lines of `keel watch --json`, the last one {"event": "done", ...}.
+    """
+    show = write_events if as_json else partial(watch, console=out)
+    console = err if as_json else out
+    job = run_local(load_spec(file), folder, console, show, device=device, threads=threads)
+    if as_json:
+        show_json({"event": "done", "job": job.model_dump(mode="json"), "out": str(folder)})
+    exit_for(job)
 
 
-def _watch(client: GatewayClient, job: Job) -> None:
+@app.command()
+def doctor(
+    url: Url = None,
+    folder: Annotated[
+        Path, typer.Option("--dir", file_okay=False, help="Of keel up, or keel run --out.")
+    ] = DEFAULT_DIR,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Look for what a run would lack on this machine, and say how to mend it."""
+    found = []
+    for check in checks(find_url(url), folder, device):
+        found.append(check)
+        if not as_json:
+            say_check(check, out)
+    healthy = all(check.state != "fail" for check in found)
+    if as_json:
+        show_json({"ok": healthy, "checks": [asdict(check) for check in found]})
+    else:
+        out.print("A run can work here." if healthy else "No run can work here yet.")
+    if not healthy:
+        raise typer.Exit(FAILED)
+
+
+def _watch(client: GatewayClient, job: Job, *, as_json: bool) -> None:
+    show = write_events if as_json else partial(watch, console=out)
     try:
-        job = watch(follow(client, job.id, every_s=POLL_S), out)
+        job = show(follow(client, job.id, every_s=POLL_S))
     except KeyboardInterrupt:
-        out.print(f"The job goes on; keel watch {job.id}, or keel cancel {job.id}")
+        say = err if as_json else out
+        say.print(f"The job goes on; keel watch {job.id}, or keel cancel {job.id}")
         raise
-    if job.phase is not Phase.SUCCEEDED:
-        raise typer.Exit(RUN_FAILED)
+    exit_for(job)
 
 
 def main() -> None:

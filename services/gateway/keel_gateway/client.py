@@ -6,6 +6,8 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -83,10 +85,10 @@ class GatewayClient:
             job = client.submit(load_spec(Path("job.toml")))
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
         self.url = url.rstrip("/")
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S, mounts=_DIRECT)
+            self._http = httpx.Client(base_url=self.url, timeout=timeout_s, mounts=_DIRECT)
         except (httpx.InvalidURL, ValueError) as error:
             raise InvalidField("--url", url, f"the gateway's URL, such as {DEFAULT_URL}") from error
 
@@ -108,6 +110,10 @@ class GatewayClient:
         except Unreachable as error:
             return str(error)
         return ""
+
+    def clock(self) -> datetime:
+        """What the gateway's clock says, to the second."""
+        return parsedate_to_datetime(self._answer("GET", "/healthz").headers["date"])
 
     def submit(self, spec: RunSpec) -> Job:
         """Queues a run. What the spec leaves to defaults, it leaves to the gateway."""
@@ -177,6 +183,9 @@ class GatewayClient:
         return EngineList.model_validate(self._call("GET", "/v1/engines")).engines
 
     def _call(self, method: str, path: str, **request: Any) -> Any:
+        return self._answer(method, path, **request).json()
+
+    def _answer(self, method: str, path: str, **request: Any) -> httpx.Response:
         try:
             answer = self._http.request(method, path, **request)
         except httpx.RequestError as error:
@@ -185,7 +194,7 @@ class GatewayClient:
                 "where it is with --url or KEEL_URL"
             ) from error
         if answer.is_success:
-            return answer.json()
+            return answer
         problem = ProblemError.from_answer(answer)
         if answer.status_code in (502, 503, 504):
             raise Unreachable(f"the gateway at {self.url} cannot work now: {problem.detail}")

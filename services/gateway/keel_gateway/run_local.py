@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -14,13 +15,13 @@ from keel.metrics import Row
 from keel.record import Phase
 from keel.spec import RunSpec
 from keel_gateway.client import GatewayClient
-from keel_gateway.follow import follow
+from keel_gateway.follow import View, follow
 from keel_gateway.report import write_report
 from keel_gateway.schemas import Job
 from keel_gateway.stack import Stack
 from keel_gateway.stack_folder import is_stack, lock_folder
 from keel_gateway.summary import Summary, duration
-from keel_gateway.watch import POLL_S, watch
+from keel_gateway.watch import POLL_S
 
 JOB, METRICS, REPORT, MODEL, STACK = (
     "job.json",
@@ -32,10 +33,22 @@ JOB, METRICS, REPORT, MODEL, STACK = (
 """What it leaves in its folder. The stack's folder has the logs and the checkpoints."""
 
 
-def run_local(spec: RunSpec, out: Path, console: Console, *, device: str, threads: int) -> bool:
+def run_local(
+    spec: RunSpec,
+    out: Path,
+    console: Console,
+    show: Callable[[Iterable[View]], Job],
+    *,
+    device: str,
+    threads: int,
+) -> Job:
     """Runs `spec` on a stack of its own and leaves job, metrics, report and model in `out`.
 
-    Also of a run that fails: all but the model. True if the run succeeded.
+    Also of a run that fails: all but the model. Returns the job as it ended.
+
+    Args:
+        console: takes what is told before and after.
+        show: shows the run until it is over, and returns its job.
 
     Raises:
         InvalidField: `out` has something else in it.
@@ -49,7 +62,7 @@ def run_local(spec: RunSpec, out: Path, console: Console, *, device: str, thread
             job = client.submit(spec)
             say(console, f"Job {job.id} at {stack.url}/v1/jobs/{job.id}")
             try:
-                job = watch(follow(client, job.id, every_s=POLL_S), console)
+                job = show(follow(client, job.id, every_s=POLL_S))
             finally:
                 rows = client.metrics(job.id).rows
                 job = client.job(job.id)
@@ -57,7 +70,7 @@ def run_local(spec: RunSpec, out: Path, console: Console, *, device: str, thread
         if job.model:
             shutil.copytree(job.model, out / MODEL)
     tell(job, rows, out, console, seconds=time.monotonic() - began)
-    return job.phase is Phase.SUCCEEDED
+    return job
 
 
 def prepare(out: Path) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from keel.metrics import Row
 from keel.record import Phase
+from keel_gateway.cli_group import show_json
 from keel_gateway.follow import View
 from keel_gateway.schemas import Job
 from keel_gateway.summary import column, duration, mean, tokens_per_s, trained_rows
@@ -31,6 +32,27 @@ _CURVE_CHARACTERS = 40
 def watch(views: Iterable[View], console: Console) -> Job:
     """Shows views until the last, and returns its job."""
     return _live(views, console) if console.is_terminal else _plain(views, console)
+
+
+def write_events(views: Iterable[View]) -> Job:
+    """Writes every change as a line of JSON to stdout until the last view; returns its job."""
+    state: tuple[object, ...] | None = None
+    told: dict[int, Row] = {}
+    lost = ""
+    for view in views:
+        job = view.job
+        if view.lost and view.lost != lost:
+            show_json({"event": "lost", "detail": view.lost})
+        lost = view.lost
+        for row in view.rows:
+            if told.get(row["step"]) != row:
+                told[row["step"]] = dict(row)  # a view's rows grow in place
+                show_json({"event": "row", "row": row})
+        now = (job.phase, job.desired, job.reason, job.error)
+        if now != state:
+            state = now
+            show_json({"event": "job", "job": job.model_dump(mode="json")})
+    return job
 
 
 def _live(views: Iterable[View], console: Console) -> Job:
