@@ -49,6 +49,11 @@ def samples_key(run: str) -> str:
     return f"keel:samples:{run}"
 
 
+def checkpoints_key(run: str) -> str:
+    """String: the checkpoints that exist, JSON (`keel.checkpoints`)."""
+    return f"keel:checkpoints:{run}"
+
+
 def versions_key(run: str) -> str:
     """Hash: policy version to weights fingerprint, 16 hexadecimal digits."""
     return f"keel:versions:{run}"

@@ -73,6 +73,8 @@ class RunRecord:
     """Supervised steps done."""
     started_s: float | None = None
     """Unix time when the trainer took it, s."""
+    paused: bool = False
+    """It has stopped because PAUSED is wanted, and computes nothing until RUNNING is."""
     finished_s: float | None = None
     """Unix time of the end, s."""
     model: str = ""
@@ -131,6 +133,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "policy_version": int,
     "step": int,
     "cold_start_step": int,
+    "paused": lambda text: text == str(True),
     "started_s": float,
     "finished_s": float,
     "model": str,

@@ -20,7 +20,7 @@ import typer
 from clikit import TOML, Gateway, job, row
 from rich.console import Console
 
-from keel.record import Phase
+from keel.record import Desired, Phase
 from keel_gateway import cli_group, client
 from keel_gateway.client import GatewayClient, Unreachable, find_url
 from keel_gateway.follow import View, follow
@@ -169,6 +169,18 @@ def test_cancel(keel: Callable[..., Any], gateway: Gateway) -> None:
     cancelled = job(phase=Phase.TRAINING, desired="CANCELLED").model_dump(mode="json")
     gateway.answers["POST", "/v1/jobs/first-abcdef/cancel"] = cancelled
     assert "is stopping" in keel("cancel", "first").said
+
+
+def test_pause_and_resume(keel: Callable[..., Any], gateway: Gateway) -> None:
+    gateway.jobs(job(phase=Phase.TRAINING))
+    path, trainer = "/v1/jobs/first-abcdef", {"phase": Phase.TRAINING, "trainer": "t:1"}
+    for paused, said in ((False, "pauses before its next lap"), (True, "is paused")):
+        state = job(desired=Desired.PAUSED, paused=paused, **trainer).model_dump(mode="json")
+        gateway.answers["POST", f"{path}/pause"] = state
+        assert said in keel("pause", "first").said
+    gateway.answers["POST", f"{path}/resume"] = job(**trainer).model_dump(mode="json")
+    assert "goes on" in keel("resume", "first").said
+    assert json.loads(keel("resume", "first", "--json").said)["desired"] == "RUNNING"
 
 
 def test_watch_shows_every_phase_and_ends_with_the_run(

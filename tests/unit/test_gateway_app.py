@@ -29,7 +29,7 @@ from rediskit import RedisServer
 
 from keel.errors import InvalidField, StateError
 from keel.metrics import encode_row, evaluation_field, row_field
-from keel.queue import FENCING_KEY, RUNS_KEY, metrics_key, run_key, samples_key
+from keel.queue import FENCING_KEY, RUNS_KEY, checkpoints_key, metrics_key, run_key, samples_key
 from keel.record import pack_fields
 from keel_gateway.app import create_app
 from keel_gateway.settings import Settings
@@ -324,6 +324,62 @@ async def test_cancel_of_a_run_that_its_trainer_never_took(
     await eventually(lambda: _phase_is(client, run, "CANCELLED"))
 
 
+async def test_a_paused_job_keeps_its_engine_and_a_queued_one_gets_none(
+    house: House, stack: AsyncExitStack
+) -> None:
+    client = await house.open(stack)
+    first, second, third = [
+        (await client.post("/v1/jobs", json=SPEC | {"name": name})).json()["id"]
+        for name in ("first", "second", "third")
+    ]
+    await eventually(lambda: house.trainer.started == [(first, 1)])
+    house.write(first, phase="TRAINING")
+    for _ in range(2):
+        job = (await client.post(f"/v1/jobs/{first}/pause")).json()
+        assert (job["phase"], job["desired"], job["paused"]) == ("TRAINING", "PAUSED", False)
+        assert job["reason"] == "pauses before its next lap"
+    house.write(first, paused=True)
+    job = (await client.get(f"/v1/jobs/{first}")).json()
+    assert job["paused"]
+    assert job["reason"].startswith(f"paused: keeps trainer {job['trainer']}")
+    job = (await client.post(f"/v1/jobs/{second}/pause")).json()
+    assert (job["phase"], job["paused"]) == ("QUEUED", True)
+    assert job["reason"] == "paused: gets no trainer and no engine until it is resumed"
+    for _ in range(2):
+        job = (await client.post(f"/v1/jobs/{first}/resume")).json()
+        assert (job["desired"], job["paused"], job["reason"]) == ("RUNNING", False, "")
+    house.write(first, phase="SUCCEEDED", paused=False)
+    await eventually(lambda: (third, 2) in house.trainer.started)
+    for what in ("pause", "resume"):
+        detail = the_problem(await client.post(f"/v1/jobs/{first}/{what}"), 409)["detail"]
+        assert "has ended (SUCCEEDED)" in detail
+        the_problem(await client.post(f"/v1/jobs/none/{what}"), 404)
+    house.write(third, phase="SUCCEEDED")
+    await asyncio.sleep(5 * POLL_S)
+    assert (await client.get(f"/v1/jobs/{second}")).json()["trainer"] == ""
+    assert (await client.post(f"/v1/jobs/{second}/resume")).json()["desired"] == "RUNNING"
+    await eventually(lambda: (second, 3) in house.trainer.started)
+    await client.post(f"/v1/jobs/{second}/cancel")
+    detail = the_problem(await client.post(f"/v1/jobs/{second}/pause"), 409)["detail"]
+    assert "was cancelled" in detail
+
+
+async def test_checkpoints_are_those_that_the_trainer_lists(
+    house: House, stack: AsyncExitStack
+) -> None:
+    client = await house.open(stack, peers=False)
+    run = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
+    url = f"/v1/jobs/{run}/checkpoints"
+    assert (await client.get(url)).json() == {"checkpoints": []}
+    one = {
+        **{"attempt": 0, "step": 8, "cold_start_step": 3, "policy_version": 2},
+        **{"created_at": "2026-01-02T03:04:05Z", "size_bytes": 9, "folder": "/runs/r/step-8"},
+    }
+    house.redis.set(checkpoints_key(run), json.dumps([one]))
+    assert (await client.get(url)).json() == {"checkpoints": [one]}
+    the_problem(await client.get("/v1/jobs/none/checkpoints"), 404)
+
+
 async def test_a_spec_that_the_trainer_refuses_fails(house: House, stack: AsyncExitStack) -> None:
     house.trainer.refusal = InvalidField("model.path", "/nowhere", "a model folder")
     client = await house.open(stack)
@@ -448,7 +504,15 @@ async def test_openapi_describes_everything(house: House, stack: AsyncExitStack)
         for method, operation in methods.items():
             assert operation["description"], (method, path)
             assert operation["summary"], (method, path)
-    for name in ("Job", "RecipeSpec", "Engine", "Problem", "RolloutSpec", "Sample"):
+    for name in (
+        "Job",
+        "RecipeSpec",
+        "Engine",
+        "Problem",
+        "RolloutSpec",
+        "Sample",
+        "CheckpointInfo",
+    ):
         for key, value in components[name]["properties"].items():
             assert value.get("description"), (name, key)
     post = schema["paths"]["/v1/jobs"]["post"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,6 +87,7 @@ class TestTransitions:
             granted,
             record("r", phase=Phase.TRAINING),
             record("r", desired=Desired.CANCELLED),
+            record("r", desired=Desired.PAUSED),
         ):
             with pytest.raises(StateError):
                 transitions.grant(taken, **LEASE)
@@ -113,6 +115,24 @@ class TestTransitions:
     def test_what_has_ended_cannot_be_cancelled(self, phase: Phase) -> None:
         with pytest.raises(StateError, match=str(phase)):
             transitions.cancel(record("r", phase=phase), now_s=5.0)
+
+    @pytest.mark.parametrize("phase", [Phase.QUEUED, Phase.COLD_START, Phase.TRAINING])
+    def test_pause_and_resume(self, phase: Phase) -> None:
+        running = record("r", phase=phase, **LEASE)
+        paused = transitions.pause(running)
+        assert paused == replace(running, desired=Desired.PAUSED)
+        assert transitions.pause(paused) == paused
+        assert transitions.resume(paused) == running
+        assert transitions.resume(running) == running
+        assert transitions.cancel(paused, now_s=5.0).desired is Desired.CANCELLED
+
+    @pytest.mark.parametrize("change", [transitions.pause, transitions.resume])
+    def test_what_has_ended_or_is_to_end_is_not_paused(self, change: Any) -> None:
+        for phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED):
+            with pytest.raises(StateError, match=f"has ended .{phase}"):
+                change(record("r", phase=phase))
+        with pytest.raises(StateError, match="was cancelled"):
+            change(record("r", phase=Phase.TRAINING, desired=Desired.CANCELLED, **LEASE))
 
     def test_the_gateway_ends_only_what_no_trainer_took(self) -> None:
         wanted = record("r", desired=Desired.CANCELLED, **LEASE)

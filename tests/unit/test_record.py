@@ -28,12 +28,14 @@ def test_every_field_comes_back() -> None:
             desired=Desired.PAUSED,
             policy_version=3,
             step=12,
+            paused=True,
             artifact="/base",
             error="none yet",
         ),
     )
     assert (written.phase, written.desired) == (Phase.TRAINING, Desired.PAUSED)
-    assert (written.policy_version, written.step) == (3, 12)
+    assert (written.policy_version, written.step, written.paused) == (3, 12, True)
+    assert not RunRecord.from_hash("r", raw(written, paused=False)).paused
     assert (written.artifact, written.error) == ("/base", "none yet")
 
 

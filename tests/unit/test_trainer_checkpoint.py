@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
+from keel.checkpoints import decode_checkpoints, encode_checkpoints
 from keel_trainer.checkpoint import Checkpoints, Progress
 
 
@@ -37,6 +39,30 @@ def test_round_trip_is_exact_and_old_ones_go(tmp_path: Path) -> None:
     assert where == progress(8)
     assert torch.equal(tensors["master/w"], torch.full((3, 2), 8.1))
     assert torch.equal(tensors["rng/cpu"], torch.get_rng_state())
+
+
+def test_those_that_exist_are_listed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.existing(4, 10) == []
+    began = datetime.now(UTC) - timedelta(seconds=1)
+    for where in (progress(0, cold=7), progress(0), progress(4), progress(8)):
+        checkpoints.save(where, state(1))
+    found = checkpoints.existing(4, 10)
+    assert [(c.step, c.cold_start_step, c.policy_version) for c in found] == [
+        (0, 10, 0),
+        (4, 10, 1),
+        (8, 10, 2),
+    ]
+    for one in found:
+        folder = Path(one.folder)
+        assert one.size_bytes == sum(file.stat().st_size for file in folder.iterdir()) > 0
+        assert began < one.created_at < datetime.now(UTC) + timedelta(seconds=1)
+        assert (one.created_at - found[0].created_at).total_seconds() >= 0
+    assert decode_checkpoints(encode_checkpoints(found)) == found
+    (tmp_path / "step-00000004" / "progress.json").write_text("{")
+    assert [one.step for one in checkpoints.existing(4, 10)] == [0, 8]
+    checkpoints.save(progress(12, cold=3), state(1))
+    assert checkpoints.existing(4, 10)[-1].policy_version is None
 
 
 def test_cold_start_checkpoints_come_before_the_first_step(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from urllib.parse import quote
 
 import httpx
 
+from keel.checkpoints import CheckpointInfo
 from keel.errors import InvalidField, KeelError
 from keel.metrics import Row
 from keel.samples import Sample
 from keel.spec import RunSpec
-from keel_gateway.schemas import Engine, EngineList, Job, JobList, Metrics, Samples
+from keel_gateway.schemas import CheckpointList, Engine, EngineList, Job, JobList, Metrics, Samples
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_DIR = Path("runs")
@@ -150,6 +151,19 @@ class GatewayClient:
     def cancel(self, run: str) -> Job:
         """Asks for the end of a job; its phase follows when the trainer has stopped."""
         return Job.model_validate(self._call("POST", f"{_path(run)}/cancel"))
+
+    def pause(self, run: str) -> Job:
+        """Has a job stop before its next lap; `paused` says when it has."""
+        return Job.model_validate(self._call("POST", f"{_path(run)}/pause"))
+
+    def resume(self, run: str) -> Job:
+        """Has a paused job go on."""
+        return Job.model_validate(self._call("POST", f"{_path(run)}/resume"))
+
+    def checkpoints(self, run: str) -> list[CheckpointInfo]:
+        """The checkpoints that exist, the oldest first."""
+        answer = self._call("GET", f"{_path(run)}/checkpoints")
+        return CheckpointList.model_validate(answer).checkpoints
 
     def metrics(self, run: str, *, after: int = -1) -> Metrics:
         """Every row of a step after `after`, and the newest evaluation."""

@@ -57,13 +57,19 @@ class Scheduler:
         """Why a run does not go on, for people to read; empty where it does, or has ended."""
         if record.phase.final:
             return ""
+        paused = record.desired is Desired.PAUSED
         if record.trainer:
             expected = ""
-            if record.desired is Desired.CANCELLED:
+            if paused:
+                until = f"keeps trainer {record.trainer} and its engines until it is resumed"
+                expected = f"paused: {until}" if record.paused else "pauses before its next lap"
+            elif record.desired is Desired.CANCELLED:
                 expected = f"trainer {record.trainer} is stopping it"
             elif record.phase is Phase.QUEUED:
                 expected = f"trainer {record.trainer} is starting it"
             return self._trouble.get(record.run, expected)
+        if paused:
+            return "paused: gets no trainer and no engine until it is resumed"
         return self._waiting.get(record.run, "waits for the scheduler's next pass")
 
     def wake(self, run: str) -> None:

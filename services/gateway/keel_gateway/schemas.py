@@ -8,6 +8,7 @@ from typing import Any, Self
 from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel, ConfigDict, Field
 
+from keel.checkpoints import CheckpointInfo
 from keel.metrics import COLUMNS
 from keel.record import Desired, Phase, RunRecord
 from keel.rollout.v1 import rollout_service_pb2
@@ -31,6 +32,8 @@ class Job(_Answer):
     """Where it stands."""
     desired: Desired
     """What its user wants of it."""
+    paused: bool
+    """It stands still because its user wants so; between the wish and this it finishes a lap."""
     reason: str
     """What it waits for (an engine, an answer of its trainer, its start or stop); else empty."""
     spec: RunSpec
@@ -73,6 +76,9 @@ class Job(_Answer):
             name=spec.name,
             phase=record.phase,
             desired=record.desired,
+            paused=record.desired is Desired.PAUSED
+            and not record.phase.final
+            and (record.paused or not record.trainer),
             reason=reason,
             spec=spec,
             created_at=datetime.fromtimestamp(record.created_s, UTC),
@@ -108,6 +114,13 @@ class Metrics(_Answer):
     )
     evaluation: dict[str, float | int | None] | None
     """The newest evaluation, whatever `after` is: it arrives later than the row of its step."""
+
+
+class CheckpointList(_Answer):
+    """Checkpoints of a job."""
+
+    checkpoints: list[CheckpointInfo]
+    """Those that exist, the oldest first; `checkpoint.keep` of the spec are kept."""
 
 
 class Samples(_Answer):

@@ -17,11 +17,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import WatchError
 
+from keel.checkpoints import CheckpointInfo, decode_checkpoints
 from keel.errors import NotFound, WireError
 from keel.metrics import Row, evaluation_field, fields_after, merge_rows
 from keel.queue import (
     FENCING_KEY,
     RUNS_KEY,
+    checkpoints_key,
     demos_key,
     groups_key,
     metrics_key,
@@ -151,6 +153,11 @@ class Store:
         ]
         rows = await self._read_rows(record.run, fields) if fields else []
         return rows[-1] if rows else None
+
+    async def checkpoints(self, run: str) -> list[CheckpointInfo]:
+        """The checkpoints that the run's trainer says it has."""
+        value = await self._redis.get(checkpoints_key(run))
+        return decode_checkpoints(cast(bytes | None, value))
 
     async def samples(self, record: RunRecord, *, after: int, limit: int) -> list[Sample]:
         """Samples of steps after `after`, ascending; whole steps, at least one, up to `limit`."""

@@ -3,6 +3,9 @@
     change    allowed while                       the record becomes
     grant     QUEUED, RUNNING wanted, no lease    trainer, engines and fencing token set
     cancel    not ended (again: no change)        CANCELLED wanted; without a lease also CANCELLED
+    pause     RUNNING wanted (again: no change)   PAUSED wanted: its trainer stops before the next
+                                                  lap; QUEUED, it gets no lease
+    resume    PAUSED wanted (again: no change)    RUNNING wanted
     abandon   CANCELLED wanted, and QUEUED        CANCELLED: the trainer never took it,
               or the trainer is gone for good     or is no more
     refuse    QUEUED, leased                      FAILED: the trainer refuses its spec
@@ -41,6 +44,26 @@ def cancel(record: RunRecord, *, now_s: float) -> RunRecord:
     if record.trainer:
         return wanted
     return replace(wanted, phase=Phase.CANCELLED, finished_s=now_s)
+
+
+def pause(record: RunRecord) -> RunRecord:
+    """Records that the run is to stop where it can go on later. What it leases, it keeps."""
+    return _want(record, Desired.PAUSED, "paused")
+
+
+def resume(record: RunRecord) -> RunRecord:
+    """Records that a paused run is to go on."""
+    return _want(record, Desired.RUNNING, "resumed")
+
+
+def _want(record: RunRecord, desired: Desired, done: str) -> RunRecord:
+    if record.phase.final:
+        raise StateError(
+            f"run {record.run!r} has ended ({record.phase}); only one that has not can be {done}"
+        )
+    if record.desired is Desired.CANCELLED:
+        raise StateError(f"run {record.run!r} was cancelled; only one that was not can be {done}")
+    return replace(record, desired=desired)
 
 
 def abandon(record: RunRecord, *, now_s: float, orphan: bool = False) -> RunRecord:

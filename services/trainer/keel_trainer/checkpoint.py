@@ -13,11 +13,13 @@ import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from keel.checkpoints import CheckpointInfo
 from keel.codec import xxh3
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,35 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.error("%s cannot be used, taking the one before: %s", folder, error)
         return None
+
+    def existing(self, off_policiness: int, cold_start_steps: int) -> list[CheckpointInfo]:
+        """What is on disk, the oldest first; folders that cannot be read are left out.
+
+        Args:
+            off_policiness: N, steps a version.
+            cold_start_steps: supervised steps in all; before them there is no version.
+        """
+        found = []
+        for folder in self._all():
+            try:
+                content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+                files = [path.stat() for path in folder.iterdir()]
+                step, cold_start_step = int(content["step"]), int(content["cold_start_step"])
+                in_cold_start = cold_start_step < cold_start_steps
+                found.append(
+                    CheckpointInfo(
+                        attempt=content["attempt"],
+                        step=step,
+                        cold_start_step=cold_start_step,
+                        policy_version=None if in_cold_start else step // off_policiness,
+                        created_at=datetime.fromtimestamp(max(f.st_mtime for f in files), UTC),
+                        size_bytes=sum(file.st_size for file in files),
+                        folder=str(folder.resolve()),
+                    )
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.error("%s is not listed: %s", folder, error)
+        return found
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))

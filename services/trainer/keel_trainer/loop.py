@@ -96,7 +96,8 @@ class TrainingRun:
         """
         record = store.read()
         spec, recipe = record.spec, record.spec.recipe
-        store.write(phase=Phase.PREPARING, error="", started_s=record.started_s or time.time())
+        started_s = record.started_s or time.time()
+        store.write(phase=Phase.PREPARING, error="", started_s=started_s, paused=False)
         artifact = prepare_artifact(spec, folder / "base")
         backend = TorchBackend.from_pretrained(
             artifact,
@@ -162,6 +163,7 @@ class TrainingRun:
 
     def train(self) -> None:
         """Trains to the end, or raises: CancelledError, or what went wrong."""
+        self._list_checkpoints()
         self._cold_start()
         self._publish()
         if self.publisher.routes_available(self._check_record):
@@ -291,8 +293,16 @@ class TrainingRun:
             ),
             self.backend.state_dict(),
         )
+        self._list_checkpoints()
         self.demos.acknowledge()
         self.groups.acknowledge()
+
+    def _list_checkpoints(self) -> None:
+        """Tells which checkpoints there are."""
+        cold_start_steps = self.spec.cold_start.steps
+        self.store.write_checkpoints(
+            self.checkpoints.existing(self.spec.recipe.off_policiness, cold_start_steps)
+        )
 
     def _check(self) -> None:
         """While waiting: ends the run if it is to end, and repairs engines that lost their weights.
@@ -324,8 +334,13 @@ class TrainingRun:
         return record
 
     def _wait_while_paused(self) -> None:
+        if self._check_record().desired != Desired.PAUSED:
+            return
+        self.store.write(paused=True)
+        log.info("paused after step %d", self.step)
         while self._check_record().desired == Desired.PAUSED:
             time.sleep(_PAUSE_POLL_S)
+        self.store.write(paused=False)
 
     def _evaluated(self) -> bool:
         due = self.spec.evaluated_steps()

@@ -10,9 +10,11 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from keel.checkpoints import CheckpointInfo, encode_checkpoints
 from keel.errors import FencedError, IntegrityError, NotFound
 from keel.metrics import encode_row, evaluation_field, row_field
 from keel.queue import (
+    checkpoints_key,
     demos_key,
     groups_key,
     metrics_key,
@@ -72,6 +74,10 @@ class RunStore:
         }
         if mapping:
             self.redis.hset(samples_key(self.run), mapping=mapping)
+
+    def write_checkpoints(self, checkpoints: Sequence[CheckpointInfo]) -> None:
+        """Replaces the list of checkpoints that exist."""
+        self.redis.set(checkpoints_key(self.run), encode_checkpoints(checkpoints))
 
     def evaluated(self, attempt: int, step: int) -> bool:
         """The collector's evaluation after `step` is there."""

@@ -1,15 +1,17 @@
-"""/v1/jobs: submit, look, cancel, metrics, samples."""
+"""/v1/jobs: submit, look, cancel, pause, resume; metrics, samples, checkpoints."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from redis.exceptions import RedisError
 
+from keel.record import RunRecord
 from keel_gateway import transitions
 from keel_gateway.admission import engines_lack, model_lacks
 from keel_gateway.problems import Refused, responses
@@ -20,7 +22,9 @@ from keel_gateway.routers.dependencies import (
     SpecBody,
     StoreDep,
 )
-from keel_gateway.schemas import Job, JobList, Metrics, Samples
+from keel_gateway.scheduler import Scheduler
+from keel_gateway.schemas import CheckpointList, Job, JobList, Metrics, Samples
+from keel_gateway.store import Store
 
 log = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -116,9 +120,32 @@ async def cancel_job(run: RunId, store: StoreDep, scheduler: SchedulerDep) -> Jo
     May be repeated. Where a trainer has the job, `desired` is CANCELLED at once, and `phase` when
     the trainer has stopped. A job that has succeeded or failed cannot be cancelled (409).
     """
-    record = await store.change(run, partial(transitions.cancel, now_s=time.time()))
-    scheduler.wake(run)
-    return Job.from_record(record, scheduler.reason(record))
+    cancel = partial(transitions.cancel, now_s=time.time())
+    return await _changed(run, cancel, store, scheduler)
+
+
+@router.post("/{run}/pause", summary="Pause a job", responses=responses(404, 409, 422, 503))
+async def pause_job(run: RunId, store: StoreDep, scheduler: SchedulerDep) -> Job:
+    """Stops the job before its next lap; resumed, it goes on with the same bits.
+
+    May be repeated. `desired` is PAUSED at once, and `paused` true when the trainer has stopped.
+    The job keeps its trainer and engines; one that still waits for them gets none. One that has
+    only its last evaluation left ends all the same. A job that has ended or was cancelled: 409.
+    """
+    return await _changed(run, transitions.pause, store, scheduler)
+
+
+@router.post("/{run}/resume", summary="Resume a job", responses=responses(404, 409, 422, 503))
+async def resume_job(run: RunId, store: StoreDep, scheduler: SchedulerDep) -> Job:
+    """Has a paused job go on. May be repeated. A job that has ended or was cancelled: 409."""
+    return await _changed(run, transitions.resume, store, scheduler)
+
+
+@router.get("/{run}/checkpoints", summary="List checkpoints", responses=responses(404, 422, 503))
+async def list_checkpoints(run: RunId, store: StoreDep) -> CheckpointList:
+    """What the job's trainer has on its disk, the oldest first."""
+    record = await store.get(run)
+    return CheckpointList(checkpoints=await store.checkpoints(record.run))
 
 
 @router.get("/{run}/metrics", summary="Read metrics", responses=responses(404, 422, 503))
@@ -154,3 +181,14 @@ async def get_samples(
     """
     record = await store.get(run)
     return Samples(samples=await store.samples(record, after=after, limit=limit))
+
+
+async def _changed(
+    run: str,
+    transition: Callable[[RunRecord], RunRecord],
+    store: Store,
+    scheduler: Scheduler,
+) -> Job:
+    record = await store.change(run, transition)
+    scheduler.wake(run)
+    return Job.from_record(record, scheduler.reason(record))
