@@ -10,6 +10,7 @@ import pytest
 from gateway_peers import SPEC, abilities
 
 from keel.errors import InvalidField, StateError
+from keel.presets import PRESETS
 from keel.record import Desired, Phase, RunRecord
 from keel.rollout.v1 import rollout_service_pb2 as rollout
 from keel.spec import RunSpec, parse_spec
@@ -214,6 +215,16 @@ class TestAdmission:
         recipe = {"replay": replay, "off_policiness": off_policiness}
         spec = spec_with(recipe=recipe, evaluation={"every": 0})
         assert needs_routes(spec) is needed
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_every_family_of_experts_is_known(self, preset: str) -> None:
+        """`auto` at N = 4 needs routes of each sparse preset, and of the dense one none."""
+        dense = preset == "tiny-qwen3"
+        spec = spec_with(model={"path": f"preset:{preset}"}, recipe={"off_policiness": 4})
+        assert needs_routes(spec) is not dense
+        assert model_lacks(spec) == []
+        r3 = spec_with(model={"path": f"preset:{preset}"}, recipe={"replay": "R3"})
+        assert [lack.field for lack in model_lacks(r3)] == (["recipe.replay"] if dense else [])
 
     def test_of_a_folder_only_explicit_replay_is_judged(self) -> None:
         folder = {"path": "/models/dense"}

@@ -23,16 +23,16 @@ def model_lacks(spec: RunSpec) -> list[InvalidField]:
     preset = _preset(spec)
     if preset is None:
         return []
+    lacks = []
     positions = preset.config["max_position_embeddings"]
-    if spec.rollout.max_tokens < positions:
-        return []
-    return [
-        InvalidField(
-            "rollout.max_tokens",
-            spec.rollout.max_tokens,
-            f"1 to {positions - 1}: {spec.model.path} takes {positions} positions, prompt included",
-        )
-    ]
+    if spec.rollout.max_tokens >= positions:
+        takes = f"{spec.model.path} takes {positions} positions, prompt included"
+        valid = f"1 to {positions - 1}: {takes}"
+        lacks.append(InvalidField("rollout.max_tokens", spec.rollout.max_tokens, valid))
+    if not preset.experts and spec.recipe.replay not in ("auto", "none"):
+        valid = f"'auto' or 'none': {spec.model.path} has no experts to replay"
+        lacks.append(InvalidField("recipe.replay", spec.recipe.replay, valid))
+    return lacks
 
 
 def engines_lack(spec: RunSpec, engines: Mapping[str, Capabilities]) -> list[InvalidField]:
@@ -99,8 +99,8 @@ def needs_routes(spec: RunSpec) -> bool:
     """
     if spec.recipe.replay == "auto":
         preset = _preset(spec)
-        experts = preset.config.get("num_experts", 0) if preset else 0
-        return experts > 0 and spec.recipe.off_policiness >= R3_FROM
+        sparse = preset is not None and preset.experts > 0
+        return sparse and spec.recipe.off_policiness >= R3_FROM
     return spec.recipe.replay == "R3"
 
 

@@ -64,16 +64,9 @@ class Batch:
     """Rows decoded together. Belongs to the compute thread."""
 
     def __init__(self, model: Model, version: int) -> None:
-        config = model.net.config
         self.model, self.version = model, version
         self.device = model.device
-        self.cache = RowCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            model.dtype,
-            model.device,
-        )
+        self.cache = RowCache(model.net.config.num_hidden_layers, model.dtype, model.device)
         self._routes_dtype = codec.routes_dtype(model.signature.num_experts)
         signature = model.signature
         self.state = Rows(

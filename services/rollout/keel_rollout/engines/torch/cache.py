@@ -19,7 +19,11 @@ _SPARE_COLUMNS = 64
 
 
 class _Layer(DynamicLayer):
-    """One layer's buffers [R, H, C, D]; `update` appends one column to the first B rows."""
+    """One layer's buffers [R, H, C, D]; `update` appends one column to the first B rows.
+
+    Keys and values may differ in H and D: DeepSeek caches its latent as the one, its rotary key as
+    the other.
+    """
 
     def __init__(self, owner: RowCache) -> None:
         super().__init__()
@@ -46,13 +50,12 @@ class RowCache(Cache):
     Before each forward pass of one token a row: `reserve()`; after it: `advance()`.
     """
 
-    def __init__(
-        self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, layers: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = 0
         self.length = 0
-        self._tail = (heads, head_dim)
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        # heads and width of keys and of values; the first rows tell
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._capacity = (0, 0)
         self._visible_RC = torch.zeros(0, 0, dtype=torch.bool, device=device)
         self._layers = [_Layer(self) for _ in range(layers)]
@@ -83,6 +86,8 @@ class RowCache(Cache):
             blocks: a layer's keys and values, each [N, H, W, D].
         """
         count, width = blocks[0][0].shape[0], blocks[0][0].shape[2]
+        for name, block in zip(("keys", "values"), blocks[0], strict=True):
+            self._shapes[name] = (block.shape[1], block.shape[3])
         shift = max(0, width - self.length) if self.rows else 0
         if not self.rows:
             self.length = width
@@ -134,10 +139,9 @@ class RowCache(Cache):
         """Moves what there is into buffers for `rows` rows and some more columns."""
         rows = max(rows, self._capacity[0])
         columns = columns + max(_SPARE_COLUMNS, columns // 4)
-        heads, head_dim = self._tail
         kept = (slice(0, self.rows), slice(None), slice(shift, shift + self.length))
         for layer in self._layers:
-            for name in ("keys", "values"):
+            for name, (heads, head_dim) in self._shapes.items():
                 fresh = torch.zeros((rows, heads, columns, head_dim), **self._options)
                 if self.rows:
                     fresh[kept] = getattr(layer, name)[: self.rows, :, : self.length]

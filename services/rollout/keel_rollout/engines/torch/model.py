@@ -34,7 +34,10 @@ from keel_rollout.engines.torch.routers import RouterTap
 
 log = logging.getLogger(__name__)
 
-ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    *("Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM", "DeepseekV3ForCausalLM"),
+    *("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
+)
 QUANTIZATIONS = (pb.QUANTIZATION_NONE, pb.QUANTIZATION_FP8)
 DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.D_TYPE_FLOAT32: torch.float32,
@@ -72,7 +75,6 @@ class Model:
                 fp8.round_inputs(self.net, self.tap, routers=routers)
 
     def _signature(self, files: Mapping[str, bytes], config: Any) -> pb.ModelSignature:
-        sparse = bool(self.tap.layers)
         tokenizer = files.get("tokenizer.json")
         return pb.ModelSignature(
             architecture=type(self.net).__name__,
@@ -81,8 +83,8 @@ class Model:
             vocab_size=config.vocab_size,
             max_sequence_tokens=config.max_position_embeddings,
             moe_layers=self.tap.layers,
-            experts_per_token=config.num_experts_per_tok if sparse else 0,
-            num_experts=config.num_experts if sparse else 0,
+            experts_per_token=self.tap.top_k,
+            num_experts=self.tap.num_experts,
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -104,7 +106,8 @@ class Model:
             for name, staged in tensors.items()
         }
         mapping: Any = get_model_conversion_mapping(self._skeleton)
-        config = LoadStateDictConfig(weight_mapping=mapping, dtype=self.dtype)
+        plan = self._skeleton._get_dtype_plan(self.dtype)
+        config = LoadStateDictConfig(weight_mapping=mapping, dtype=self.dtype, dtype_plan=plan)
         try:
             info, _ = convert_and_load_state_dict_in_model(self._skeleton, checkpoint, config)
             tied = set(self._skeleton.all_tied_weights_keys)
@@ -178,8 +181,17 @@ def _config(files: Mapping[str, bytes]) -> Any:
 
 def _build(config: Any, dtype: torch.dtype) -> Any:
     try:
-        return transformers.AutoModelForCausalLM.from_config(
+        net = transformers.AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
     except Exception as error:  # a config that no module can be built from
         raise ModelError(f"config.json: {type(error).__name__}: {error}") from error
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        if _stays_float32(net, name):
+            tensor.data = tensor.data.float()
+    return net
+
+
+def _stays_float32(net: Any, name: str) -> bool:
+    """Whether a tensor is float32 in every model dtype, as DeepSeek's selection bias is."""
+    return any(kept in name for kept in net._keep_in_fp32_modules_strict or ())

@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class TorchBackend:
-    """See `Backend`. Any causal model of transformers; replay needs routers named *TopKRouter.
+    """See `Backend`. Any causal model of transformers whose routers, if any, the seam knows.
 
     Example:
         backend = TorchBackend.from_pretrained(folder, dtype="float32")
@@ -54,12 +54,13 @@ class TorchBackend:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        # dropout would make pi_old and pi_theta differ at equal weights; checkpointing asks for
+        # noise would make pi_old and pi_theta differ at equal weights; checkpointing asks for
         # train mode, so it is switched off module by module
         for module in self.model.modules():
-            attribute = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
-            if hasattr(module, attribute):
-                setattr(module, attribute, 0.0)
+            dropout = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+            for noise in (dropout, "jitter_noise"):
+                if hasattr(module, noise):
+                    setattr(module, noise, 0.0)
         self.model.train(gradient_checkpointing)
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -215,15 +216,14 @@ class TorchBackend:
 
 def _model_info(model: Any, seam: RouterSeam) -> ModelInfo:
     text_config = model.config.get_text_config()
-    routers: list[Any] = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
     return ModelInfo(
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocab_size=text_config.vocab_size,
         max_positions=text_config.max_position_embeddings,
         moe_layer_numbers=seam.layer_numbers,
-        num_experts=routers[0].num_experts if routers else 0,
-        top_k=routers[0].top_k if routers else 0,
+        num_experts=seam.num_experts,
+        top_k=seam.top_k,
     )
 
 
