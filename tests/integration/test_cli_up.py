@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from safetensors import safe_open
@@ -92,7 +93,12 @@ def wait_until_gone(folder: Path, within_s: float) -> None:
 
 def test_sigterm_stops_everything_in_order(tmp_path: Path) -> None:
     with keel_up(tmp_path) as (process, url):
-        assert json.loads((tmp_path / "stack.json").read_text()) == {"url": url}
+        told = json.loads((tmp_path / "stack.json").read_text())
+        assert told["url"] == url
+        assert told["metrics"].keys() == {"gateway", "engine-0", "trainer", "collector"}
+        for address in told["metrics"].values():
+            page = httpx.get(address, trust_env=False)
+            assert "process_resident_memory_bytes" in page.text
         assert len(of_stack(tmp_path)) >= 5, "keel, redis, engine, trainer, collector, gateway"
         process.send_signal(signal.SIGTERM)
         assert process.wait(40) == 0

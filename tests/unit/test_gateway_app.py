@@ -23,6 +23,7 @@ from gateway_peers import (
     sample_hash,
     serve,
 )
+from prometheuskit import samples
 from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 from rediskit import RedisServer
@@ -550,3 +551,78 @@ async def _reason_has(client: httpx.AsyncClient, run: str, part: str) -> bool:
 
 async def _phase_is(client: httpx.AsyncClient, run: str, phase: str) -> bool:
     return bool((await client.get(f"/v1/jobs/{run}")).json()["phase"] == phase)
+
+
+async def told(client: httpx.AsyncClient) -> dict[tuple[str, tuple[str, ...]], float]:
+    """What /metrics says."""
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return samples(answer.text)
+
+
+async def test_prometheus_sees_jobs_peers_and_the_newest_row_of_unfinished_runs(
+    house: House, stack: AsyncExitStack
+) -> None:
+    client = await house.open(stack)
+    run = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
+    house.write(run, phase="TRAINING", step=2, policy_version=0)
+    for step in (1, 2):
+        row = {"step": step, "mismatch/k3": step / 4, "reward/part/format": 0.5, "entropy": None}
+        house.redis.hset(metrics_key(run), row_field(0, step), encode_row(row))
+    house.redis.hset(
+        metrics_key(run), evaluation_field(0, 0), encode_row({"step": 0, "accuracy/eval": 0.125})
+    )
+    now = await told(client)
+    assert now["keel_redis_up", ()] == 1
+    assert now["keel_jobs", ("TRAINING",)] == 1
+    assert now["keel_jobs", ("SUCCEEDED",)] == 0
+    assert now["keel_engines", ("empty",)] == 1
+    assert now["keel_trainers", ("healthy",)] == 1
+    assert now["keel_run_step", (run,)] == 2
+    assert now["keel_run_steps", (run,)] == SPEC["recipe"]["steps"]
+    newest = {key[1][0]: value for key, value in now.items() if key[0] == "keel_run_metric"}
+    assert newest == {
+        "step": 2,
+        "mismatch/k3": 0.5,
+        "reward/part/format": 0.5,
+        "accuracy/eval": 0.125,
+    }
+    house.write(run, phase="SUCCEEDED", step=8)
+    now = await told(client)
+    assert now["keel_jobs", ("SUCCEEDED",)] == 1
+    assert now["keel_jobs", ("TRAINING",)] == 0
+    assert not [key for key in now if run in key[1]], "a run that is over leaves no series"
+
+
+async def test_prometheus_sees_requests_by_route_and_not_by_path(
+    house: House, stack: AsyncExitStack
+) -> None:
+    client = await house.open(stack)
+    for path in ("/v1/jobs/a", "/v1/jobs/b", "/no/such", "/no/such/either", "/v1/jobs"):
+        await client.get(path)
+    now = await told(client)
+    requests = {key[1]: n for key, n in now.items() if key[0] == "keel_http_requests_total"}
+    assert requests == {
+        ("GET", "/v1/jobs/{run}", "404"): 2,
+        ("GET", "none", "404"): 2,
+        ("GET", "/v1/jobs", "200"): 1,
+    }
+    assert now["keel_http_request_seconds_count", ("GET", "/v1/jobs/{run}")] == 2
+    assert now["process_resident_memory_bytes", ()] > 1e6
+
+
+async def test_prometheus_is_answered_while_redis_and_peers_are_away(
+    house: House, stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await house.open(stack, peers=False)
+    assert house.app is not None
+
+    async def away() -> None:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(house.app.state.store, "unfinished", away)
+    now = await told(client)
+    assert now["keel_redis_up", ()] == 0
+    assert now["keel_engines", ("away",)] == now["keel_trainers", ("away",)] == 1
+    assert not [key for key in now if key[0] == "keel_jobs"]

@@ -10,10 +10,11 @@ from fastapi import FastAPI
 
 from keel_gateway import problems
 from keel_gateway.registry import Registry
-from keel_gateway.routers import engines, health, jobs
+from keel_gateway.routers import engines, health, jobs, telemetry
 from keel_gateway.scheduler import Scheduler
 from keel_gateway.settings import Settings
 from keel_gateway.store import Store, connect
+from keel_gateway.telemetry import HttpMetrics
 
 DESCRIPTION = """\
 Reinforcement learning for (Mixture-of-Experts) language models, kept stable: *Stabilizing
@@ -54,8 +55,10 @@ def create_app(settings: Settings) -> FastAPI:
         # one RunSpec in the schema: what is submitted is what is shown
         separate_input_output_schemas=False,
     )
+    app.state.http_metrics = HttpMetrics()
+    app.add_middleware(app.state.http_metrics.middleware)
     app.state.store, app.state.registry, app.state.scheduler = store, registry, scheduler
     problems.install(app)
-    for module in (jobs, engines, health):
+    for module in (jobs, engines, health, telemetry):
         app.include_router(module.router)
     return app

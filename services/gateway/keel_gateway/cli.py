@@ -60,7 +60,7 @@ def up(
     say.print(f"Starting Keel's services; logs in {folder / 'logs'}")
     with Stack(folder, port=port, engines=engines, device=device, threads=threads) as stack:
         if as_json:
-            show_json({"url": stack.url, "dir": str(stack.dir), "ports": stack.ports})
+            show_json({"url": stack.url, "dir": str(stack.dir), "metrics": stack.metrics})
         say.print(f"Keel is up at [bold]{stack.url}[/] (API pages: {stack.url}/docs)")
         say.print("Submit a job:  keel submit examples/multiplication.toml --watch")
         try:

@@ -222,10 +222,16 @@ def find_url(given: str | None) -> str:
     """
     if url := given or os.environ.get("KEEL_URL"):
         return url
+    return str(running_stack().get("url", DEFAULT_URL))
+
+
+def running_stack() -> dict[str, Any]:
+    """What `keel up` in this folder says of itself (`url`, `metrics`); empty if it is not up."""
     try:
-        return str(json.loads((DEFAULT_DIR / STATE_FILE).read_text())["url"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return DEFAULT_URL
+        found = json.loads((DEFAULT_DIR / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _path(run: str) -> str:

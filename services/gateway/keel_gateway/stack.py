@@ -82,6 +82,8 @@ class Stack:
         """TCP port by service name."""
         self.url = ""
         """The gateway's base URL."""
+        self.metrics: dict[str, str] = {}
+        """URL of Prometheus metrics by service name."""
         self.redis_url = ""
         """Redis itself, past any `via`."""
         self._lock: IO[str] | None = None
@@ -95,7 +97,7 @@ class Stack:
         try:
             self._supervisor = Supervisor(self._services(), self.dir / "logs")
             self._supervisor.start(patience_s=READY_S)
-            write_json(self._state_file, {"url": self.url})
+            write_json(self._state_file, {"url": self.url, "metrics": self.metrics})
         except BaseException:
             self.stop()
             raise
@@ -166,6 +168,8 @@ class Stack:
         trainer = self._address("trainer")
         gateway = self._address("gateway")
         self.url = f"http://{gateway}"
+        self.metrics = {"gateway": f"{self.url}/metrics"}
+        told = {name: self._metrics(name) for name in (*engine_names, "trainer", "collector")}
         write_json(self._ports_file, self.ports)
         compute = ["--device", self._device, "--threads", str(self._threads)]
         jobs = str(self.jobs)
@@ -175,14 +179,18 @@ class Stack:
                 self._python(
                     *(name, "keel_rollout.engine_main", "--kind", "torch"),
                     *("--listen", self._listen(name), "--shared", jobs, *compute),
+                    *told[name],
                 )
                 for name in engine_names
             ),
             self._python(
                 *("trainer", "keel_trainer.main", "--listen", self._listen("trainer")),
-                *("--redis", redis_url, "--runs", jobs, *compute),
+                *("--redis", redis_url, "--runs", jobs, *compute, *told["trainer"]),
             ),
-            self._python("collector", "keel_rollout.collector.main", "--redis", redis_url),
+            self._python(
+                *("collector", "keel_rollout.collector.main", "--redis", redis_url),
+                *told["collector"],
+            ),
             self._python(
                 *("gateway", "keel_gateway.main", "--listen", self._listen("gateway")),
                 *("--redis", redis_url, "--engines", ",".join(engines), "--trainers", trainer),
@@ -217,10 +225,20 @@ class Stack:
         env = self._env.get("redis", {})
         return Service("redis", argv, env, lambda: _redis_mute(self.redis_url)), told
 
-    def _address(self, name: str) -> str:
-        """Gives the service a port and returns the address that the others are told."""
+    def _metrics(self, service: str) -> tuple[str, str]:
+        """Gives a service a port for its metrics; the flag that says so."""
+        name = f"{service}-metrics"
+        self._give_port(name)
+        self.metrics[service] = f"http://{self._listen(name)}/metrics"
+        return "--metrics", self._listen(name)
+
+    def _give_port(self, name: str) -> None:
         if name not in self.ports:
             self.ports[name] = free_port(set(self.ports.values()))
+
+    def _address(self, name: str) -> str:
+        """Gives the service a port and returns the address that the others are told."""
+        self._give_port(name)
         return self._via(name, self._listen(name)) if self._via else self._listen(name)
 
     def _listen(self, name: str) -> str:

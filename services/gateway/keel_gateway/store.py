@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -30,7 +30,7 @@ from keel.queue import (
     run_key,
     samples_key,
 )
-from keel.record import RunRecord, pack_fields
+from keel.record import Phase, RunRecord, pack_fields
 from keel.samples import Sample, fields_by_step, parse_samples
 from keel.spec import RunSpec
 
@@ -58,7 +58,7 @@ class Store:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._ended: set[str] = set()  # a phase that is final stays so: these need no more reading
+        self._ended: dict[str, Phase] = {}  # such a phase stays: these need no more reading
 
     async def ping(self) -> None:
         """Returns if Redis answers."""
@@ -96,8 +96,12 @@ class Store:
         """Every run that has not ended, in the order of submission."""
         runs = await self._runs(0, -1)
         records = await self._readable([run for run in runs if run not in self._ended])
-        self._ended.update(record.run for record in records if record.phase.final)
+        self._ended |= {record.run: record.phase for record in records if record.phase.final}
         return [record for record in records if not record.phase.final]
+
+    def ended_phases(self) -> Iterable[Phase]:
+        """The phase of each run that was over at the last `unfinished`."""
+        return self._ended.values()
 
     async def next_fencing_token(self) -> int:
         """A token greater than any given before."""

@@ -11,10 +11,11 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from keel import rpc
+from keel import rpc, telemetry
 from keel.errors import InvalidField
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.rollout.v1 import rollout_service_pb2_grpc as pb_grpc
+from keel_rollout import engine_metrics
 from keel_rollout.engines.base import Engine
 from keel_rollout.servicer import RolloutServicer
 
@@ -73,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
         help="storage that trainers share, for weights by reference; without it weights come by "
         "stream only [KEEL_SHARED_DIR]",
     )
+    parse.add_argument(
+        telemetry.FLAG,
+        metavar="HOST:PORT",
+        default=os.environ.get("KEEL_ENGINE_METRICS", ""),
+        help=f"{telemetry.HELP} [KEEL_ENGINE_METRICS, off]",
+    )
     return parse
 
 
@@ -88,6 +95,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     engine = create(arguments.kind, arguments.device, arguments.threads)
     servicer = RolloutServicer(engine, arguments.shared)
+    engine_metrics.tell(servicer.state, servicer.served_version)
+    telemetry.serve_metrics(arguments.metrics)
     name = pb.DESCRIPTOR.services_by_name["RolloutService"].full_name
     server, port = await rpc.serve(
         arguments.listen,

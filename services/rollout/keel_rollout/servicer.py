@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -25,6 +26,7 @@ from keel.errors import FencedError, IntegrityError, InvalidField, StateError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.rollout.v1 import rollout_service_pb2_grpc as pb_grpc
 from keel.weights.v1 import manifest_pb2
+from keel_rollout.engine_metrics import PAUSES, UPDATE_SECONDS, GroupCount
 from keel_rollout.engines.base import BrokenModel, Engine
 from keel_rollout.engines.messages import GroupMessages
 from keel_rollout.engines.requests import checked_files, checked_request, checked_tokens
@@ -64,7 +66,8 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
 
     # -- state -------------------------------------------------------------------------------
 
-    def _state(self) -> pb.EngineState:
+    def state(self) -> pb.EngineState:
+        """The engine's state now."""
         if self._loaded is None:
             return pb.ENGINE_STATE_EMPTY
         if self._stale:
@@ -72,6 +75,10 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         if self._served is None:
             return pb.ENGINE_STATE_LOADED
         return pb.ENGINE_STATE_PAUSED if self._paused else pb.ENGINE_STATE_READY
+
+    def served_version(self) -> int:
+        """The policy version that is served now; -1: none."""
+        return self._served[0] if self._served else -1
 
     def _fence(self, request: Any) -> pb.Lease:
         if not request.HasField("lease") or not request.lease.run:
@@ -99,7 +106,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: Context
     ) -> pb.GetCapabilitiesResponse:
-        answer = pb.GetCapabilitiesResponse(can=self._engine.abilities(), state=self._state())
+        answer = pb.GetCapabilitiesResponse(can=self._engine.abilities(), state=self.state())
         if self._loaded is not None:
             answer.loaded.CopyFrom(self._loaded)
             answer.precision.CopyFrom(self._precision)
@@ -109,7 +116,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
     async def GetWeightVersion(
         self, request: pb.GetWeightVersionRequest, context: Context
     ) -> pb.GetWeightVersionResponse:
-        answer = pb.GetWeightVersionResponse(state=self._state())
+        answer = pb.GetWeightVersionResponse(state=self.state())
         if self._served is not None:
             answer.policy_version, answer.fingerprint = self._served
         return answer
@@ -154,7 +161,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         """Writes to the context rather than yields: a cancelled call then frees its sequences."""
         if self._loaded is None or self._served is None:
             raise StateError(
-                f"the engine is {pb.EngineState.Name(self._state())}; valid: READY or PAUSED"
+                f"the engine is {pb.EngineState.Name(self.state())}; valid: READY or PAUSED"
             )
         if request.id.run != self._run:
             raise StateError(
@@ -163,10 +170,12 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         group = checked_request(request, self._engine.abilities(), self._loaded)
         stream = GroupMessages(group.num_samples)
         events: Any = self._engine.generate(group)
-        async with aclosing(events):
-            async for event in events:
-                for message in stream.messages(event):
-                    await context.write(message)
+        with GroupCount(group.num_samples) as count:
+            async with aclosing(events):
+                async for event in events:
+                    count.event(event)
+                    for message in stream.messages(event):
+                        await context.write(message)
 
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.PauseResponse:
         self._holder(request)
@@ -174,6 +183,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         if request.mode not in modes:
             valid = ", ".join(pb.PauseMode.Name(mode) for mode in modes)
             raise InvalidField("mode", request.mode, valid)
+        PAUSES.labels(pb.PauseMode.Name(request.mode).removeprefix("PAUSE_MODE_").lower()).inc()
         in_flight = await _to_the_end(self._pause(request.mode))
         return pb.PauseResponse(sequences_in_flight=in_flight)
 
@@ -289,6 +299,7 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
             raise
         self._served = self._newest = (version, fingerprint)
         self._stale = False
+        UPDATE_SECONDS.observe(time.perf_counter() - staging.began_s)
         log.info("serving version %d, fingerprint %#x", version, fingerprint)
 
 

@@ -9,9 +9,15 @@ import os
 import signal
 from pathlib import Path
 
+from prometheus_client import REGISTRY
+
+from keel.errors import InvalidField
 from keel.rpc import serve
+from keel.telemetry import FLAG, HELP, serve_metrics
 from keel.trainer.v1 import trainer_service_pb2_grpc
 from keel_trainer.servicer import ChildOptions, TrainerServicer
+from keel_trainer.store import connect
+from keel_trainer.telemetry import TrainingCollector
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +58,21 @@ def _parser() -> argparse.ArgumentParser:
         default=int(env("KEEL_TORCH_THREADS", "1")),
         help="torch threads; they enter the rounding, so keep them fixed (KEEL_TORCH_THREADS)",
     )
+    parser.add_argument(
+        FLAG,
+        metavar="HOST:PORT",
+        default=env("KEEL_TRAINER_METRICS", ""),
+        help=f"{HELP} (KEEL_TRAINER_METRICS)",
+    )
     return parser
 
 
 async def _serve(args: argparse.Namespace) -> None:
     options = ChildOptions(args.redis, args.runs.resolve(), args.device, args.threads)
     servicer = TrainerServicer(options)
+    if args.metrics:
+        REGISTRY.register(TrainingCollector(connect(args.redis, retries=0), servicer.running))
+    serve_metrics(args.metrics)
     server, port = await serve(
         args.listen,
         ["keel.trainer.v1.TrainerService"],
@@ -81,7 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    asyncio.run(_serve(args))
+    try:
+        asyncio.run(_serve(args))
+    except InvalidField as error:
+        _parser().error(str(error))
 
 
 if __name__ == "__main__":

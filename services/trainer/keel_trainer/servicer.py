@@ -118,6 +118,10 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
                 return
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
+    def running(self) -> list[str]:
+        """Ids of the runs that have a process, or are about to."""
+        return [run for run in list(self._children) if self._running(run)]
+
     async def close(self) -> None:
         """Stops every child; their runs resume when the trainer is back."""
         for task in self._children.values():

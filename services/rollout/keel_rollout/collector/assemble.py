@@ -11,6 +11,11 @@ from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.plan import Slot
 from keel_rollout.collector.responses import Response
 from keel_rollout.collector.tasks.base import Problem
+from keel_rollout.collector.telemetry import (
+    INVALID_RESPONSES,
+    VERIFIER_FAULTS,
+    VERIFIER_SECONDS,
+)
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import Case, Judgement, VerifierPool
 
@@ -31,7 +36,11 @@ async def judge(
         for response in responses
         if not response.fault
     ]
-    verdicts = iter(await pool.verify(verifier, cases))
+    with VERIFIER_SECONDS.time():
+        judgements = await pool.verify(verifier, cases)
+    VERIFIER_FAULTS.inc(sum(bool(judgement.fault) for judgement in judgements))
+    INVALID_RESPONSES.inc(len(responses) - len(cases))
+    verdicts = iter(judgements)
     return [
         Judgement(fault=response.fault) if response.fault else next(verdicts)
         for response in responses

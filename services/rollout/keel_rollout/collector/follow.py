@@ -13,6 +13,7 @@ from keel.queue import RUNS_KEY, run_key
 from keel.record import Desired, RunRecord
 from keel_rollout.collector.backoff import insist
 from keel_rollout.collector.run import Watched, collect
+from keel_rollout.collector.telemetry import RUNS
 from keel_rollout.collector.verify import VerifierPool
 
 log = logging.getLogger(__name__)
@@ -86,9 +87,11 @@ class Follower:
         else:
             log.info("run %s (%s): followed", run, record.spec.name)
             watched = self._watched[run] = Watched(record)
+            RUNS.set(len(self._watched))
             self._tasks[run] = asyncio.create_task(collect(watched, self._redis, self._pool))
 
     def _drop(self, run: str, why: str) -> None:
         if self._watched.pop(run, None) is not None:
             log.info("run %s: %s", run, why)
             self._tasks.pop(run).cancel()
+            RUNS.set(len(self._watched))

@@ -14,6 +14,8 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from keel.errors import InvalidField
+from keel.telemetry import FLAG, HELP, serve_metrics
 from keel_rollout.collector.follow import Follower
 from keel_rollout.collector.verify import VerifierPool
 
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(
         level=options.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    try:
+        serve_metrics(options.metrics)
+    except InvalidField as error:
+        _parser().error(str(error))
     asyncio.run(serve(options.redis, verifier_workers=options.verifier_workers))
 
 
@@ -91,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_at_least_one,
         default=os.environ.get("KEEL_VERIFIER_WORKERS", "1"),
         help="processes that judge responses [KEEL_VERIFIER_WORKERS] (now: %(default)s)",
+    )
+    parser.add_argument(
+        FLAG,
+        metavar="HOST:PORT",
+        default=os.environ.get("KEEL_COLLECTOR_METRICS", ""),
+        help=f"{HELP} [KEEL_COLLECTOR_METRICS] (now: off)",
     )
     parser.add_argument(
         "--log-level",

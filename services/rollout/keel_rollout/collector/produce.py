@@ -19,6 +19,7 @@ from keel_rollout.collector.plan import Cohort, Plan, Slot
 from keel_rollout.collector.responses import Response
 from keel_rollout.collector.sender import Sender
 from keel_rollout.collector.streams import SlotKey, SlotStream
+from keel_rollout.collector.telemetry import EVALUATIONS, SLOTS
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
 
@@ -100,6 +101,7 @@ class Producer:
         accuracy = sum(rewards.values()) / len(slots)
         row = metrics.encode_row({"step": step, "accuracy/eval": accuracy})
         await insist(f"run {self._run}", lambda: self._redis.hset(key, field, row))
+        EVALUATIONS.inc()
         log.info("run %s: accuracy %.3f after step %d", self._run, accuracy, step)
 
     async def produce_lap(self, attempt: int, lap: int) -> None:
@@ -113,7 +115,7 @@ class Producer:
         fitting: list[Slot] = []
         for slot in self._plan.lap_slots(attempt, lap):
             if reason := self._too_long(slot, model):
-                await self._groups.add(void_envelope(slot, reason))
+                await self._add(void_envelope(slot, reason))
             else:
                 fitting.append(slot)
         sampling = self._sampling(temperature=self._spec.rollout.temperature)
@@ -126,7 +128,7 @@ class Producer:
             judgements = await judge(
                 self._pool, self._spec.task.verifier, slot.problem, responses, self._text
             )
-            await self._groups.add(
+            await self._add(
                 group_envelope(
                     slot, responses, judgements, sampling, generate_s=generate_s, engine=engine
                 )
@@ -145,6 +147,10 @@ class Producer:
             policy_version=lap,
         )
         log.info("run %s: lap %d is out, %d slots", self._run, lap, self._spec.slots_per_lap)
+
+    async def _add(self, envelope: sequence_pb2.Envelope) -> None:
+        await self._groups.add(envelope)
+        SLOTS.labels(envelope.WhichOneof("payload")).inc()
 
     def _sampling(self, *, temperature: float) -> sequence_pb2.SamplingParams:
         return sequence_pb2.SamplingParams(

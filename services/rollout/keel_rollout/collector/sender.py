@@ -18,6 +18,7 @@ from keel_rollout.collector.backoff import Backoff
 from keel_rollout.collector.engine_client import EngineClient, EngineFailure, EngineModel
 from keel_rollout.collector.plan import Cohort, Slot
 from keel_rollout.collector.responses import Response
+from keel_rollout.collector.telemetry import ENGINE_RETRIES
 
 Take = Callable[[Slot, list[Response], float, str], Awaitable[None]]
 """Receives a group: slot, responses, seconds since `send` began, engine address."""
@@ -76,6 +77,7 @@ class Sender:
                     try:
                         return await self._try(client, model, cohort, template, take, began_s)
                     except EngineFailure as failure:
+                        ENGINE_RETRIES.inc()
                         await backoff.wait(failure)
 
         await together(send_one(cohort) for cohort in cohorts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -118,6 +119,7 @@ class Staging:
         self.policy_version = manifest.policy_version
         self.fingerprint = manifest.fingerprint
         self.transport = manifest.transport
+        self.began_s = time.perf_counter()
         self._slots = {entry.name: _Slot(entry) for entry in manifest.tensors}
 
     @property
