@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
 SETUP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test test-unit faults lint format protos docs bench-wire clean
+.PHONY: help setup demo test test-unit faults lint format protos docs site site-serve bench-wire clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	$(BIN)/python scripts/run_schema.py --check
 	$(BIN)/python scripts/metrics_page.py --check
 	$(BIN)/python scripts/cli_page.py --check
+	$(BIN)/python scripts/protos_page.py --check
+	$(BIN)/python scripts/rest_page.py --check
+	$(BIN)/properdocs build --quiet --strict -f mkdocs.yml
 
 format: $(SETUP) ## format the code
 	$(BIN)/ruff format .
@@ -58,10 +61,18 @@ docs: $(SETUP) ## generate the reference pages in docs/
 	$(BIN)/python scripts/run_schema.py
 	$(BIN)/python scripts/metrics_page.py
 	$(BIN)/python scripts/cli_page.py
+	$(BIN)/python scripts/protos_page.py
+	$(BIN)/python scripts/rest_page.py
+
+site: $(SETUP) ## build the docs into site/, to be opened as site/index.html; a broken link fails
+	$(BIN)/properdocs build --strict -f mkdocs.yml
+
+site-serve: $(SETUP) ## show the docs at http://127.0.0.1:8000 while you write them
+	$(BIN)/properdocs serve -f mkdocs.yml
 
 bench-wire: $(SETUP) ## nanoseconds a token to encode and decode a sequence with routes
 	$(BIN)/python benchmarks/wire.py
 
 clean: ## remove the virtual environment, caches and runs
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
