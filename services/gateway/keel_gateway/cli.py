@@ -49,7 +49,9 @@ def up(
     folder: Annotated[
         Path, typer.Option("--dir", file_okay=False, help="Data, logs and models.")
     ] = DEFAULT_DIR,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The gateway's.")] = 8080,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, envvar="KEEL_PORT", help="The gateway's.")
+    ] = 8080,
     engines: Annotated[int, typer.Option(min=1, help="Rollout engines.")] = 1,
     device: Device = "cpu",
     threads: Threads = 1,
