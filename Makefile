@@ -22,7 +22,7 @@ setup: $(SETUP) ## make the virtual environment .venv (everything below does it 
 $(SETUP): $(PYPROJECTS) constraints.txt requirements-dev.txt
 	@command -v $(PYTHON) >/dev/null || { echo "Keel needs Python 3.11: apt-get install python3.11 python3.11-venv, or make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e protos -e 'services/rollout[torch]' -e services/trainer -e services/gateway -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e protos -e 'services/rollout[torch]' -e services/trainer -e 'services/gateway[tensorboard,wandb]' -r requirements-dev.txt
 	@touch $@
 
 demo: $(SETUP) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html

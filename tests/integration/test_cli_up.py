@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from keel_gateway.client import GatewayClient
 from keel_gateway.stack_folder import free_port
@@ -131,7 +132,8 @@ def test_nothing_is_left_of_a_killed_stack_and_its_jobs_are_there_again(tmp_path
 def test_run_leaves_job_metrics_report_and_model(tmp_path: Path) -> None:
     (tmp_path / "job.toml").write_text(JOB)
     out = tmp_path / "out"
-    done = keel("run", str(tmp_path / "job.toml"), "--out", str(out))
+    events = str(tmp_path / "tb")
+    done = keel("run", str(tmp_path / "job.toml"), "--out", str(out), "--tensorboard", events)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Replay was obeyed in every step" in done.stdout
     assert str(out / "report.html") in done.stdout
@@ -141,6 +143,10 @@ def test_run_leaves_job_metrics_report_and_model(tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "accuracy/eval" in row] == [0, 2, 4]
     assert all(row["replay/rows_requested"] > 0 for row in rows[1:])
     assert "staleness/k3" in (out / "report.html").read_text()
+    logged = EventAccumulator(str(next((tmp_path / "tb").iterdir()))).Reload()
+    k3 = {event.step: event.value for event in logged.Scalars("mismatch/k3")}
+    assert k3 == {row["step"]: pytest.approx(row["mismatch/k3"], rel=1e-6) for row in rows[1:]}
+    assert len(logged.Tensors("samples")) >= 1
     with safe_open(next((out / "model").glob("*.safetensors")), "np") as weights:
         assert "model.embed_tokens.weight" in list(weights.keys())
     assert of_stack(out) == []

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from keel.spec import load_spec
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
+from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
 from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
 from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
 from keel_gateway.doctor import checks, say_check
@@ -193,6 +194,10 @@ def run(
     ],
     device: Device = "cpu",
     threads: Threads = 1,
+    tensorboard: TensorBoardDir = None,
+    wandb: WandbProject = None,
+    wandb_dir: WandbDir = Path(),
+    offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Run one job from nothing, on services of its own, and leave its report and model.
@@ -201,10 +206,16 @@ def run(
     """
     show = write_events if as_json else partial(watch, console=out)
     console = err if as_json else out
-    job = run_local(load_spec(file), folder, console, show, device=device, threads=threads)
+    sinks = chosen(tensorboard, wandb, wandb_dir, offline=offline)
+    job = run_local(
+        load_spec(file), folder, console, show, device=device, threads=threads, sinks=sinks
+    )
     if as_json:
         show_json({"event": "done", "job": job.model_dump(mode="json"), "out": str(folder)})
     exit_for(job)
+
+
+app.command()(log)
 
 
 @app.command()

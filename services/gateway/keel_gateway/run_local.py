@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from keel_gateway.client import GatewayClient
 from keel_gateway.follow import View, follow
 from keel_gateway.report import write_report
 from keel_gateway.schemas import Job
+from keel_gateway.sinks.base import Open, logged, opened
 from keel_gateway.stack import Stack
 from keel_gateway.stack_folder import is_stack, lock_folder
 from keel_gateway.summary import Summary, duration
@@ -41,6 +42,7 @@ def run_local(
     *,
     device: str,
     threads: int,
+    sinks: Sequence[Open] = (),
 ) -> Job:
     """Runs `spec` on a stack of its own and leaves job, metrics, report and model in `out`.
 
@@ -49,6 +51,7 @@ def run_local(
     Args:
         console: takes what is told before and after.
         show: shows the run until it is over, and returns its job.
+        sinks: take its rows meanwhile.
 
     Raises:
         InvalidField: `out` has something else in it.
@@ -62,7 +65,9 @@ def run_local(
             job = client.submit(spec)
             say(console, f"Job {job.id} at {stack.url}/v1/jobs/{job.id}")
             try:
-                job = show(follow(client, job.id, every_s=POLL_S))
+                with opened(sinks, job) as taking:
+                    views = follow(client, job.id, every_s=POLL_S)
+                    job = show(logged(client, views, taking))
             finally:
                 rows = client.metrics(job.id).rows
                 job = client.job(job.id)
