@@ -87,6 +87,14 @@ def evaluation_field(attempt: int, step: int) -> str:
     return f"{attempt}:{step}:evaluation"
 
 
+def whole(row: Row) -> bool:
+    """The trainer's row of a step will not grow: it writes a row again when its lap is published.
+
+    An evaluation comes under a field of its own.
+    """
+    return "time/publish_s" in row
+
+
 def encode_row(row: Mapping[str, float | int | None]) -> str:
     """A row as JSON. What is not finite becomes null, since JSON has no NaN."""
     unknown = [column for column in row if meaning(column) is None]

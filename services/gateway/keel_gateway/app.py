@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
 
 from keel_gateway import problems
+from keel_gateway.events import events_after
+from keel_gateway.feeds import Feeds
 from keel_gateway.registry import Registry
-from keel_gateway.routers import engines, health, jobs, telemetry
+from keel_gateway.routers import engines, events, health, jobs, telemetry
 from keel_gateway.scheduler import Scheduler
 from keel_gateway.settings import Settings
 from keel_gateway.store import Store, connect
@@ -36,6 +39,8 @@ def create_app(settings: Settings) -> FastAPI:
     registry = Registry(settings.engines, settings.trainers, poll_s=settings.poll_s)
     scheduler = Scheduler(store, registry, poll_s=settings.poll_s)
 
+    feeds = Feeds(partial(events_after, store, scheduler.reason))
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await registry.start()
@@ -43,6 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
         try:
             yield
         finally:
+            await feeds.stop()
             await scheduler.stop()
             await registry.stop()
             await redis.aclose()
@@ -58,7 +64,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.http_metrics = HttpMetrics()
     app.add_middleware(app.state.http_metrics.middleware)
     app.state.store, app.state.registry, app.state.scheduler = store, registry, scheduler
+    app.state.feeds = feeds
     problems.install(app)
-    for module in (jobs, engines, health, telemetry):
+    for module in (jobs, events, engines, health, telemetry):
         app.include_router(module.router)
     return app

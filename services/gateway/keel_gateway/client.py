@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -20,6 +23,7 @@ from keel.errors import InvalidField, KeelError
 from keel.metrics import Row
 from keel.samples import Sample
 from keel.spec import RunSpec
+from keel_gateway.listen import Event, parse_events
 from keel_gateway.schemas import CheckpointList, Engine, EngineList, Job, JobList, Metrics, Samples
 
 DEFAULT_URL = "http://127.0.0.1:8080"
@@ -31,6 +35,11 @@ TIMEOUT_S = 30.0
 _DIRECT = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 """Never through the environment's proxy."""
 ROWS_PER_PAGE = 1000
+SILENCE_S = 45.0
+"""Of a stream of events, after which it is taken for lost: a comment comes every 15."""
+RECONNECT_S = 1.0
+PATIENCE_S = 60.0
+"""While which a stream's gateway may be away."""
 LATEST = "latest"
 """Stands for the job submitted last."""
 JOBS_SEARCHED = 1000
@@ -192,6 +201,33 @@ class GatewayClient:
             samples += page.samples
             after = samples[-1].step
 
+    def events(self, run: str, *, last_event_id: str = "") -> Iterator[Event]:
+        """Everything that has happened to a job and happens, until `end`, each once.
+
+        Reconnects by itself and goes on where it was. A gateway that answered once may be away for
+        PATIENCE_S, then Unreachable.
+
+        Args:
+            last_event_id: `Event.id` after which to begin; empty: the whole history.
+        """
+        lost_s: float | None = -math.inf  # when the stream was lost; None: it is not
+        while True:
+            try:
+                with self._stream(f"{_path(run)}/events", last_event_id) as lines:
+                    lost_s = None
+                    if lines is None:
+                        return
+                    for event in parse_events(lines):
+                        last_event_id = event.id
+                        yield event
+                        if event.kind == "end":
+                            return
+            except Unreachable:
+                lost_s = time.monotonic() if lost_s is None else lost_s
+                if time.monotonic() - lost_s > PATIENCE_S:
+                    raise
+            time.sleep(RECONNECT_S)
+
     def engines(self) -> list[Engine]:
         """Every engine that the gateway was told of."""
         return EngineList.model_validate(self._call("GET", "/v1/engines")).engines
@@ -200,15 +236,38 @@ class GatewayClient:
         return self._answer(method, path, **request).json()
 
     def _answer(self, method: str, path: str, **request: Any) -> httpx.Response:
-        try:
+        with self._reached():
             answer = self._http.request(method, path, **request)
+        self._check(answer)
+        return answer
+
+    @contextmanager
+    def _stream(self, path: str, last_event_id: str) -> Iterator[Iterable[str] | None]:
+        """The lines of a stream of events; None where there is no more."""
+        headers = {"Last-Event-ID": last_event_id} if last_event_id else {}
+        timeout = httpx.Timeout(TIMEOUT_S, read=SILENCE_S)
+        with (
+            self._reached(),
+            self._http.stream("GET", path, headers=headers, timeout=timeout) as answer,
+        ):
+            if not answer.is_success:
+                answer.read()
+            self._check(answer)
+            yield None if answer.status_code == httpx.codes.NO_CONTENT else answer.iter_lines()
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
         except httpx.RequestError as error:
             raise Unreachable(
                 f"no gateway answers at {self.url} ({error}). Start one with `keel up`, or say "
                 "where it is with --url or KEEL_URL"
             ) from error
+
+    def _check(self, answer: httpx.Response) -> None:
         if answer.is_success:
-            return answer
+            return
         problem = ProblemError.from_answer(answer)
         if answer.status_code in (502, 503, 504):
             raise Unreachable(f"the gateway at {self.url} cannot work now: {problem.detail}")

@@ -11,9 +11,23 @@ import uvicorn
 
 from keel.errors import InvalidField
 from keel_gateway.app import create_app
+from keel_gateway.feeds import Feeds
 from keel_gateway.settings import parse_settings
 
 log = logging.getLogger(__name__)
+
+
+class GatewayServer(uvicorn.Server):
+    """Ends streams of events before it waits for connections: they would hold it up."""
+
+    def __init__(self, config: uvicorn.Config, feeds: Feeds) -> None:
+        super().__init__(config)
+        self._feeds = feeds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn when it is to end."""
+        await self._feeds.stop()
+        await super().shutdown(sockets)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if family is socket.AF_INET6 else host, port)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[listener])
+    GatewayServer(config, app.state.feeds).run(sockets=[listener])
 
 
 if __name__ == "__main__":

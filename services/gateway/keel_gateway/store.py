@@ -6,10 +6,11 @@ transaction, so that a change never builds on a record that somebody else has me
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -19,7 +20,7 @@ from redis.exceptions import WatchError
 
 from keel.checkpoints import CheckpointInfo, decode_checkpoints
 from keel.errors import NotFound, WireError
-from keel.metrics import Row, evaluation_field, fields_after, merge_rows
+from keel.metrics import Row, evaluation_field, fields_after, merge_rows, row_field, whole
 from keel.queue import (
     FENCING_KEY,
     RUNS_KEY,
@@ -155,7 +156,7 @@ class Store:
         fields = [
             evaluation_field(attempt, step) for step in due for attempt in range(record.attempt + 1)
         ]
-        rows = await self._read_rows(record.run, fields) if fields else []
+        rows = await self._read_rows(record.run, fields)
         return rows[-1] if rows else None
 
     async def checkpoints(self, run: str) -> list[CheckpointInfo]:
@@ -180,11 +181,67 @@ class Store:
         )
         return parse_samples(values)
 
+    async def first_step(self, record: RunRecord) -> int | None:
+        """The first step that the newest attempt has a row of; None: it has none yet."""
+        if record.attempt == 0:
+            return 1
+        names = cast(list[bytes], await self._redis.hkeys(metrics_key(record.run)))
+        places = [name.split(b":") for name in names]
+        steps = [int(p[1]) for p in places if len(p) == 2 and int(p[0]) == record.attempt]
+        return min(steps, default=None)
+
+    async def whole_rows(self, record: RunRecord, *, after: int, first: int | None) -> list[Row]:
+        """Rows of steps after `after`, ascending, at most STEPS_PER_READ.
+
+        Up to the first that its trainer will write again; once the run is over, none is.
+
+        Args:
+            first: see `first_step`; from it on only the newest attempt's count.
+        """
+        rows: list[Row] = []
+        while len(rows) < STEPS_PER_READ and after < record.step:
+            steps = range(after + 1, min(after + STEPS_PER_READ, record.step) + 1)
+            for row in await self._newest_rows(record, steps, row_field, first):
+                if not record.phase.final and not (row and whole(row)):
+                    return rows
+                rows += [row] if row else []
+            after = steps[-1]
+        return rows[:STEPS_PER_READ]
+
+    async def evaluations(self, record: RunRecord, *, after: int, first: int | None) -> list[Row]:
+        """Evaluations of steps after `after` that have arrived, ascending, as `whole_rows`."""
+        due = [step for step in record.spec.evaluated_steps() if after < step <= record.step]
+        rows = await self._newest_rows(record, due[:STEPS_PER_READ], evaluation_field, first)
+        return [row for row in rows if row]
+
+    async def _newest_rows(
+        self,
+        record: RunRecord,
+        steps: Sequence[int],
+        field: Callable[[int, int], str],
+        first: int | None,
+    ) -> list[Row | None]:
+        """By step: the row of the newest attempt that has one, and counts there."""
+        count = record.attempt + 1
+        fields = [field(attempt, step) for step in steps for attempt in range(count)]
+        values = await self._hmget(record.run, fields)
+        found: list[Row | None] = []
+        for index, step in enumerate(steps):
+            there = values[index * count : (index + 1) * count]
+            if first is not None and step >= first:
+                there = there[-1:]
+            newest = next((value for value in reversed(there) if value is not None), None)
+            found.append(None if newest is None else json.loads(newest))
+        return found
+
+    async def _hmget(self, run: str, fields: list[str]) -> list[bytes | None]:
+        if not fields:
+            return []
+        reply = self._redis.hmget(metrics_key(run), fields)
+        return await cast(Awaitable[list[bytes | None]], reply)
+
     async def _read_rows(self, run: str, fields: list[str]) -> list[Row]:
-        values = await cast(
-            Awaitable[list[bytes | None]], self._redis.hmget(metrics_key(run), fields)
-        )
-        return list(merge_rows(values))
+        return list(merge_rows(await self._hmget(run, fields)))
 
     async def _runs(self, begin: int, end: int, *, desc: bool = False) -> list[str]:
         names = await self._redis.zrange(RUNS_KEY, begin, end, desc=desc)

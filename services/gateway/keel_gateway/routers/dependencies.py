@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 from keel.errors import InvalidField, LimitError
 from keel.spec import RunSpec, spec_errors
+from keel_gateway.feeds import Feeds
 from keel_gateway.problems import Refused, UnsupportedMediaType
 from keel_gateway.registry import Registry
 from keel_gateway.scheduler import Scheduler
@@ -71,8 +72,14 @@ def _scheduler(request: Request) -> Scheduler:
     return scheduler
 
 
+def _feeds(request: Request) -> Feeds:
+    feeds: Feeds = request.app.state.feeds
+    return feeds
+
+
 RunId = Annotated[str, Path(description="The job's id.", max_length=80)]
 SpecBody = Annotated[RunSpec, Depends(run_spec)]
+FeedsDep = Annotated[Feeds, Depends(_feeds)]
 StoreDep = Annotated[Store, Depends(_store)]
 RegistryDep = Annotated[Registry, Depends(_registry)]
 SchedulerDep = Annotated[Scheduler, Depends(_scheduler)]
