@@ -47,6 +47,30 @@ def row(step: int, **columns: float) -> dict[str, Any]:
     } | columns
 
 
+def sample(step: int, **changes: Any) -> dict[str, Any]:
+    """One as the gateway gives it."""
+    return {
+        "attempt": 0,
+        "step": step,
+        "lap": (step - 1) // 4,
+        "slot": 0,
+        "sample": 0,
+        "policy_version": (step - 1) // 4,
+        "reward": 1.0,
+        "reward_parts": {"format": 0.5},
+        "advantage": 0.25,
+        "truncated": False,
+        "valid": True,
+        "invalid_reason": "",
+        "prompt": "12*3=",
+        "response": "36",
+        "tokens": ["3", "6"],
+        "rollout_logprobs": [-0.1, -0.2],
+        "proximal_logprobs": [-0.15, -0.5],
+        "experts_differ": [0, 2],
+    } | changes
+
+
 class Gateway:
     """Answers by (method, path); an answer may be a function of nothing, to change over time."""
 

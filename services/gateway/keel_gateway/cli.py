@@ -24,6 +24,7 @@ from keel.spec import load_spec
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
 from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
 from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
+from keel_gateway.cli_samples import samples
 from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
 from keel_gateway.doctor import checks, say_check
 from keel_gateway.follow import follow
@@ -216,6 +217,7 @@ def run(
 
 
 app.command()(log)
+app.command()(samples)
 
 
 @app.command()

@@ -97,21 +97,31 @@ def numbers(row: Row) -> dict[str, float]:
 
 
 def describe(sample: Sample) -> str:
-    """A sample as plain text: prompt, response, and where engine and trainer part.
+    """A sample as plain text: its numbers, prompt and response."""
+    return "\n".join(
+        [describe_numbers(sample), "prompt:", sample.prompt, "response:", sample.response]
+    )
+
+
+def describe_numbers(sample: Sample) -> str:
+    """Reward and its parts, advantage, and where engine and trainer part, on one line.
 
     Example:
-        reward 1.000, advantage +0.500, gap mean |0.0021| max |0.0140|, 3 of 23 tokens with ...
+        "reward 1, advantage +0.250, gap mean 0.0021 max 0.0140 nats, 3 of 23 tokens with ..."
     """
-    parts = [f"reward {sample.reward}", *(f"{n} {v}" for n, v in sample.reward_parts.items())]
+    rewards = {"reward": sample.reward, **sample.reward_parts}
+    parts = [f"{n} {'?' if value is None else f'{value:g}'}" for n, value in rewards.items()]
     parts.append(f"advantage {sample.advantage:+.3f}")
     if gaps := [abs(gap) for gap in gaps_of(sample) if gap is not None]:
-        parts.append(f"gap mean |{sum(gaps) / len(gaps):.4f}| max |{max(gaps):.4f}| nats")
+        parts.append(f"gap mean {sum(gaps) / len(gaps):.4f} max {max(gaps):.4f} nats")
     if sample.experts_differ is not None:
         differ = sum(layers > 0 for layers in sample.experts_differ)
         parts.append(f"{differ} of {len(sample.tokens)} tokens with differing experts")
+    if sample.truncated:
+        parts.append("truncated at max_tokens")
     if not sample.valid:
         parts.append(f"not trained on: {sample.invalid_reason}")
-    return "\n".join([", ".join(parts), "prompt:", sample.prompt, "response:", sample.response])
+    return ", ".join(parts)
 
 
 def gaps_of(sample: Sample) -> list[float | None]:
