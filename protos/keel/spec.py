@@ -43,7 +43,7 @@ class ModelSpec(_Section):
 
     path: str
     """A Hugging Face folder with config.json, weights and tokenizer.json on the trainer's disk, or
-    "preset:NAME" for a small model with random weights."""
+    "preset:NAME" for a small model with random weights (docs/models.md)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the trainer's forward and of the published weights. bfloat16 keeps float32 masters;
     the paper trains in bfloat16."""
@@ -87,8 +87,9 @@ class EngineSpec(_Section):
     """Which engine. The gateway leases one of this kind."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of weights and activations in the engine."""
-    quantize: Literal["none", "fp8"] = "none"
-    """Low-precision inference: fp8 is e4m3 with block scales (the paper infers in FP8)."""
+    quantize: Literal["none", "fp8", "fp4"] = "none"
+    """Low-precision inference: fp8 is e4m3 with block scales (the paper infers in FP8), fp4 is
+    NVFP4: e2m1 with an e4m3 scale for every 16 numbers."""
     quantize_inputs: bool = True
     """With quantize: also the inputs of linear layers."""
     quantize_router: bool = False

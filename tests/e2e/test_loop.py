@@ -55,6 +55,20 @@ def test_the_fp8_engine_differs_and_the_first_step_is_not_stale(
     assert max(row["staleness/k3"] for row in rows) > 1e-5
 
 
+def test_an_fp4_engine_is_coarser_and_replay_still_obeyed(
+    jobs: Jobs, undisturbed: dict[str, Any], taught: dict[str, Any]
+) -> None:
+    """One lap of the same prompts and weights as `undisturbed`, which has fp8."""
+    spec = job_spec(model=taught, engine={"quantize": "fp4"}, recipe={"steps": 4})
+    fp4 = jobs.rows(jobs.run(spec)["id"])[1:]
+    fp8 = jobs.rows(undisturbed["id"])[1:5]
+    for column in ("mismatch/k3", "routing/pair_disagree"):
+        assert sum(row[column] for row in fp4) > 1.5 * sum(row[column] for row in fp8), column
+    for row in fp4:
+        assert 0 < row["mismatch/k3"] < 5
+        assert row["replay/rows_obeyed"] == row["replay/rows_requested"] > 0
+
+
 def test_everything_is_acknowledged(stack: Stack, undisturbed: dict[str, Any]) -> None:
     with redis.Redis.from_url(stack.redis_url) as client:
         assert client.xlen(groups_key(undisturbed["id"])) == 0

@@ -15,6 +15,7 @@ class Quantization(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     QUANTIZATION_UNSPECIFIED: _ClassVar[Quantization]
     QUANTIZATION_NONE: _ClassVar[Quantization]
     QUANTIZATION_FP8: _ClassVar[Quantization]
+    QUANTIZATION_FP4: _ClassVar[Quantization]
 
 class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -40,6 +41,7 @@ class PauseMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 QUANTIZATION_UNSPECIFIED: Quantization
 QUANTIZATION_NONE: Quantization
 QUANTIZATION_FP8: Quantization
+QUANTIZATION_FP4: Quantization
 ENGINE_STATE_UNSPECIFIED: EngineState
 ENGINE_STATE_EMPTY: EngineState
 ENGINE_STATE_LOADED: EngineState

@@ -29,7 +29,12 @@ from keel.errors import InvalidField, ModelError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import tensor_pb2
 from keel_rollout.engines.base import BrokenModel, StagedTensor
-from keel_rollout.engines.torch import fp8
+from keel_rollout.engines.torch.quantize import (
+    FORMATS,
+    quantized_weights,
+    round_inputs,
+    round_weight,
+)
 from keel_rollout.engines.torch.routers import RouterTap
 
 log = logging.getLogger(__name__)
@@ -38,7 +43,7 @@ ARCHITECTURES = (
     *("Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM", "DeepseekV3ForCausalLM"),
     *("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
 )
-QUANTIZATIONS = (pb.QUANTIZATION_NONE, pb.QUANTIZATION_FP8)
+QUANTIZATIONS = (pb.QUANTIZATION_NONE, *FORMATS)
 DTYPES: dict[int, torch.dtype] = {
     tensor_pb2.D_TYPE_FLOAT32: torch.float32,
     tensor_pb2.D_TYPE_BFLOAT16: torch.bfloat16,
@@ -68,11 +73,12 @@ class Model:
         self.tap = RouterTap(self.net)
         self.signature = self._signature(files, config)
         self._rounded: frozenset[str] = frozenset()
-        if precision.quantize == pb.QUANTIZATION_FP8:
+        self._format = FORMATS.get(precision.quantize)
+        if self._format is not None:
             routers = precision.quantize_router
-            self._rounded = frozenset(fp8.quantized_weights(self.net, self.tap, routers=routers))
+            self._rounded = frozenset(quantized_weights(self.net, self.tap, routers=routers))
             if precision.quantize_inputs:
-                fp8.round_inputs(self.net, self.tap, routers=routers)
+                round_inputs(self._format, self.net, self.tap, routers=routers)
 
     def _signature(self, files: Mapping[str, bytes], config: Any) -> pb.ModelSignature:
         tokenizer = files.get("tokenizer.json")
@@ -127,8 +133,8 @@ class Model:
             own = self.net.state_dict()
             for name in sorted(state):
                 value = state[name].to(self.device)
-                if name in self._rounded:
-                    value = fp8.round_weight(name, value)
+                if self._format is not None and name in self._rounded:
+                    value = round_weight(self._format, name, value)
                 own[name].copy_(value)
         except Exception as error:
             raise BrokenModel(
