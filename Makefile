@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
 SETUP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test test-unit faults lint format protos docs site site-serve bench-wire clean
+.PHONY: help setup demo test test-unit test-browser faults lint format protos docs site site-serve bench-wire clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: $(SETUP) ## run every test
 
 test-unit: $(SETUP) ## run the tests that take seconds
 	$(BIN)/pytest tests/unit tests/contract
+
+test-browser: $(SETUP) ## look at the report in Chromium; screenshots in runs/screenshots
+	$(BIN)/pytest tests/browser
 
 faults: $(SETUP) ## random kills, stops and cut connections on a running job; prints the table (half an hour)
 	$(BIN)/python tests/faults.py

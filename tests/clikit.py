@@ -84,6 +84,7 @@ class Gateway:
         for one in found:
             self.answers["GET", f"/v1/jobs/{one.id}"] = one.model_dump(mode="json")
             self.answers["GET", f"/v1/jobs/{one.id}/metrics"] = {"rows": [], "evaluation": None}
+            self.answers["GET", f"/v1/jobs/{one.id}/samples"] = {"samples": []}
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         bare = path.partition("?")[0]

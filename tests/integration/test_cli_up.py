@@ -147,6 +147,10 @@ def test_run_leaves_job_metrics_report_and_model(tmp_path: Path) -> None:
     k3 = {event.step: event.value for event in logged.Scalars("mismatch/k3")}
     assert k3 == {row["step"]: pytest.approx(row["mismatch/k3"], rel=1e-6) for row in rows[1:]}
     assert len(logged.Tensors("samples")) >= 1
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {one["step"] for one in samples} <= {1, 2, 3, 4}
+    assert all(len(one["tokens"]) == len(one["proximal_logprobs"]) > 0 for one in samples)
+    assert samples[0]["prompt"] in (out / "report.html").read_text()
     with safe_open(next((out / "model").glob("*.safetensors")), "np") as weights:
         assert "model.embed_tokens.weight" in list(weights.keys())
     assert of_stack(out) == []

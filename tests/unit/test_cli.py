@@ -271,27 +271,6 @@ def test_rows_are_read_page_by_page(gateway: Gateway, monkeypatch: pytest.Monkey
     ]
 
 
-def test_report_is_written(keel: Callable[..., Any], gateway: Gateway, tmp_path: Path) -> None:
-    gateway.jobs(job(phase=Phase.SUCCEEDED, step=8))
-    gateway.answers["GET", "/v1/jobs/first-abcdef/metrics"] = {
-        "rows": [row(step) for step in range(1, 9)],
-        "evaluation": None,
-    }
-    assert keel("report", "first", "--out", str(tmp_path / "r.html")).exit_code == 0
-    assert "mismatch/k3" in (tmp_path / "r.html").read_text()
-
-
-def test_a_report_that_cannot_be_written_is_told_in_a_sentence(
-    keel: Callable[..., Any], gateway: Gateway, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "report.html"  # under a file, so that root cannot write it either
-    gateway.jobs(job())
-    result = keel("report", "--out", str(path))
-    assert result.exit_code == 2
-    assert result.complained.strip().endswith(("Not a directory", "File exists"))
-
-
 def test_live_panel_shows_progress_and_numbers() -> None:
     console = Console(width=100, file=io.StringIO(), force_terminal=True, color_system=None)
     view = View(job(phase=Phase.TRAINING, step=4), [row(step) for step in range(1, 5)], 12.0)

@@ -2,97 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
-from html.parser import HTMLParser
+import tomllib
+from datetime import UTC, datetime
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
+from reportkit import JOB, Page, figures, report, synthetic_rows, traces
 
 from keel.metrics import COLUMNS
-from keel.spec import parse_spec
-from keel_gateway.charts import CHARTS, smooth
-from keel_gateway.report import MOST_POINTS, build_report, thinned, write_report
+from keel_gateway.curves import MOST_POINTS, averaged, every_kth, smooth, thinned
+from keel_gateway.page import write_page
+from keel_gateway.panels import of_run
 from keel_gateway.run_local import prepare
 from keel_gateway.summary import Summary, duration, lap_maximum
 
-SPEC = parse_spec(
-    {
-        "name": "first",
-        "model": {"path": "preset:tiny-qwen3-moe"},
-        "recipe": {"steps": 40, "off_policiness": 4, "is_cap": None},
-    }
-)
-JOB: dict[str, Any] = {
-    "id": "first-abcdef",
-    "name": "first",
-    "phase": "SUCCEEDED",
-    "spec": SPEC.model_dump(mode="json"),
-    "created_at": "2026-11-20T11:00:00Z",
-    "started_at": "2026-11-20T11:00:05Z",
-    "finished_at": "2026-11-20T11:03:25Z",
-    "step": 40,
-    "steps": 40,
-    "error": "",
-}
-
-
-def synthetic_rows(steps: int = 40) -> list[dict[str, Any]]:
-    """Every column in every row, an evaluation every ten steps, reward from 0 to 1."""
-    rows: list[dict[str, Any]] = [{"step": 0, "accuracy/eval": 0.25}]
-    for step in range(1, steps + 1):
-        row: dict[str, Any] = dict.fromkeys(COLUMNS, 0.01 + step / 1000)
-        row |= {"step": step, "lap": (step - 1) // 4, "policy_version": (step - 1) // 4}
-        row |= {"reward/mean": (step - 1) / (steps - 1)}
-        row |= {"replay/rows_requested": 100, "replay/rows_obeyed": 100}
-        del row["accuracy/eval"]
-        if step % 10 == 0:
-            row["accuracy/eval"] = 0.25 + step / 100
-        rows.append(row)
-    return rows
-
-
-class Page(HTMLParser):
-    """What a browser would see: visible text, attributes that load something, scripts."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.loads, self.scripts = "", [], []
-        self.ids: list[str] = []
-        self._inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._inside = tag
-        for name, value in attrs:
-            if name in ("src", "href", "srcset", "action", "poster", "data"):
-                self.loads.append(value)
-            if name == "id" and value:
-                self.ids.append(value)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif self._inside != "style":
-            self.text += data
-
-
-def figures(html: str) -> list[dict[str, Any]]:
-    return json.loads(Page(html).scripts[0])
-
 
 def test_has_every_curve() -> None:
-    drawn = {
-        trace["name"]
-        for figure in figures(build_report(JOB, synthetic_rows()))
-        for trace in figure["traces"]
-    }
+    drawn = traces(report(JOB, synthetic_rows())).keys()
     wanted = {
         "reward/mean",
         "reward/mean, smooth",
@@ -109,32 +38,80 @@ def test_has_every_curve() -> None:
         "response/length_mean",
         "time/update_s",
         "time/generate_s",
+        "reward/part/format",
+        "eval/gsm8k/avg@4",
+        "eval/gsm8k/pass@4",
     }
     assert wanted <= drawn
 
 
+def test_the_papers_four_panels_come_first() -> None:
+    paper = of_run(synthetic_rows())[0]
+    assert [card.title for card in paper.cards] == [
+        "Benchmark score",
+        "Training reward",
+        "Entropy",
+        "KL[mu_old || pi_old]",
+    ]
+    assert [[line.name for line in card.legend] for card in paper.cards] == [
+        ["accuracy/eval", "eval/gsm8k/avg@4"],
+        ["reward/mean"],
+        ["entropy"],
+        ["mismatch/k1"],
+    ]
+
+
 def test_every_drawn_column_exists_and_is_explained_where_the_mouse_is() -> None:
-    assert {line.name for chart in CHARTS for line in chart.lines} <= COLUMNS.keys()
-    for figure in figures(build_report(JOB, synthetic_rows())):
-        for trace in figure["traces"]:
-            assert len(trace["x"]) == len(trace["y"]) > 0
-            smoothed = trace["name"].endswith(", smooth")
-            assert smoothed or "<i>" in trace["hovertemplate"]
+    rows = synthetic_rows()
+    assert {
+        line.name for part in of_run(rows) for card in part.cards for line in card.legend
+    } <= COLUMNS.keys() | {"reward/part/format", "eval/gsm8k/avg@4", "eval/gsm8k/pass@4"}
+    for name, trace in traces(report(JOB, rows)).items():
+        assert len(trace["x"]) == len(trace["y"]) > 0
+        assert name.endswith(", smooth") or name in trace["hovertemplate"]
+        if name in COLUMNS:
+            assert "<i>" in trace["hovertemplate"]
+
+
+def test_a_picture_is_told_in_words_too() -> None:
+    html = report(JOB, synthetic_rows())
+    assert (
+        'aria-label="Benchmark score, over steps: accuracy/eval 25.0% at step 0, 65.0% at step 40; '
+        'eval/gsm8k/avg@4 40.0% at step 10, 40.0% at step 40"'
+    ) in html
+    assert "means over all steps: layer 1 10.0%, layer 10 20.0%" in html
+
+
+def test_layers_are_a_heat_map_in_their_order_whose_size_does_not_grow_with_the_steps() -> None:
+    layers = (2, 10, 1)
+    rows = [
+        {"step": step, "lap": 0} | {f"routing/layer/{n}": n / 100 + step / 1e6 for n in layers}
+        for step in range(1, 1001)
+    ]
+    rows[3]["routing/layer/10"] = None
+    (figure,) = figures(report(JOB, rows))
+    assert (figure["kind"], figure["y"]) == ("heat", ["1", "2", "10"])
+    assert len(figure["x"]) == len(figure["steps"]) == 200, "five steps a bin"
+    assert {len(line) for line in figure["z"]} == {200}
+    assert figure["steps"][0] == "steps 1 to 5"
+    assert figure["z"][0][0] == pytest.approx(0.01, abs=1e-4)
+    # the mean of steps 1, 2, 3, 5: the fourth has none
+    assert figure["z"][2][0] == pytest.approx(0.1 + 2.75e-6, abs=1e-3)
 
 
 def test_loads_nothing_and_forbids_itself_to() -> None:
-    html = build_report(JOB, synthetic_rows())
+    html = report(JOB, synthetic_rows())
     page = Page(html)
     assert page.loads == []
-    assert "default-src 'none'" in html
+    assert "default-src 'none'" in unescape(html)
     assert "<link" not in html
-    assert "Plotly" in page.scripts[1], "plotly itself is inside"
+    assert "Plotly" in page.scripts[-2], "plotly itself is inside"
     style = html[html.index("<style>") : html.index("</style>")]
     assert not re.search(r"url\(|@import", style)
 
 
 def test_says_what_the_numbers_are() -> None:
-    text = Page(build_report(JOB, synthetic_rows())).text
+    text = Page(report(JOB, synthetic_rows())).text
     # first and last four of 40 rewards from 0 to 1 in equal steps of 1/39
     assert "0.038 → 0.962" in text
     assert "0.250 → 0.650" in text
@@ -147,7 +124,7 @@ def test_says_what_the_numbers_are() -> None:
 def test_a_step_that_disobeyed_is_named() -> None:
     rows = synthetic_rows()
     rows[7]["replay/rows_obeyed"] = 99
-    html = build_report(JOB, rows)
+    html = report(JOB, rows)
     assert "NOT obeyed in 1 of 40 steps, first in step 7: 3,999 of 4,000" in html
     assert '<p class="bad">Replay was NOT' in html
 
@@ -155,9 +132,10 @@ def test_a_step_that_disobeyed_is_named() -> None:
 def test_what_users_wrote_cannot_become_markup() -> None:
     evil = "</script><script>alert(1)</script><img src=http://evil/x>"
     job = JOB | {"name": evil, "error": evil, "spec": JOB["spec"] | {"name": evil}}
-    page = Page(build_report(job, synthetic_rows()))
+    html = report(job, synthetic_rows())
+    page = Page(html)
     assert page.loads == []
-    assert len(page.scripts) == 3
+    assert len(page.scripts) == len(figures(html)) + 2, "data of pictures, plotly, ours"
     assert page.text.count(evil) >= 3
 
 
@@ -173,23 +151,52 @@ def test_what_users_wrote_cannot_become_markup() -> None:
     ids=["none", "evaluation alone", "null", "one column", "zeros on a logarithm"],
 )
 def test_takes_what_there_is(rows: list[dict[str, Any]]) -> None:
-    html = build_report(JOB, rows)
+    html = report(JOB, rows)
     page = Page(html)
-    assert page.ids.count("charts") == 1
+    assert page.scripts
     assert ("No step has been taken yet." in page.text) is (not figures(html))
+
+
+def test_of_a_job_that_goes_on_it_says_so_and_when_it_was_made() -> None:
+    made = datetime(2026, 11, 20, 11, 1, 2, tzinfo=UTC)
+    running = JOB | {"phase": "TRAINING", "finished_at": None, "step": 12}
+    text = Page(report(running, synthetic_rows(12), made=made)).text
+    assert (
+        "Report made 2026-11-20 11:01 UTC, while the job goes on: TRAINING, at step 12 of 40"
+        in text
+    )
+    assert "keel report first-abcdef" in text
+    over = Page(report(JOB, synthetic_rows(), made=made)).text
+    assert "Report made 2026-11-20 11:01 UTC.\n" in over
+    assert "while the job" not in over
 
 
 def test_a_job_that_has_only_begun() -> None:
     job = JOB | {"phase": "QUEUED", "started_at": None, "finished_at": None, "step": 0}
-    assert "QUEUED" in Page(build_report(job, [])).text
+    assert "QUEUED" in Page(report(job, [])).text
 
 
-def test_a_long_run_is_thinned_but_keeps_evaluations() -> None:
-    rows = [{"step": step} for step in range(10 * MOST_POINTS)]
-    rows[12_345]["accuracy/eval"] = 0.5
-    thin = thinned(rows)
-    assert len(thin) == MOST_POINTS + 1
-    assert rows[12_345] in thin
+def test_a_long_line_is_thinned_and_keeps_its_spikes() -> None:
+    points = [(step, 0.0) for step in range(10 * MOST_POINTS)]
+    points[5_432], points[5_433] = (5_432, 9.0), (5_433, -9.0)
+    thin = thinned(points)
+    assert len(thin) <= MOST_POINTS
+    assert {(5_432, 9.0), (5_433, -9.0)} <= set(thin)
+    assert thin == sorted(thin)
+    assert thinned(points[:MOST_POINTS]) == points[:MOST_POINTS]
+    assert len(every_kth(points)) <= MOST_POINTS
+
+
+def test_what_is_stacked_is_averaged_so_that_it_still_adds_up() -> None:
+    points = [(step, float(step % 2)) for step in range(2 * MOST_POINTS)]
+    assert averaged(points)[:2] == [(1, 0.5), (3, 0.5)]
+    rows = [
+        {"step": step, "lap": 0, "time/wait_s": step % 2, "time/update_s": (step + 1) % 2}
+        for step in range(1, 4 * MOST_POINTS)
+    ]
+    drawn = traces(report(JOB, rows))
+    assert drawn["time/wait_s"]["x"] == drawn["time/update_s"]["x"]
+    assert drawn["time/wait_s"]["stackgroup"] == drawn["time/update_s"]["stackgroup"]
 
 
 def test_in_step_staleness_is_that_of_whole_laps_also_where_steps_are_thinned() -> None:
@@ -197,13 +204,35 @@ def test_in_step_staleness_is_that_of_whole_laps_also_where_steps_are_thinned() 
         {"step": step, "lap": (step - 1) // 2, "staleness/k1": 0.0 if step % 2 else 0.5}
         for step in range(1, 2 * MOST_POINTS + 1)
     ]
-    traces = {t["name"]: t for f in figures(build_report(JOB, rows)) for t in f["traces"]}
-    assert len(traces["staleness/k1"]["y"]) == MOST_POINTS
-    assert set(traces["staleness/k1, lap maximum"]["y"]) == {0.5}
+    drawn = traces(report(JOB, rows))
+    assert len(drawn["staleness/k1"]["y"]) <= MOST_POINTS
+    assert set(drawn["staleness/k1, lap maximum"]["y"]) == {0.5}
+
+
+def test_a_ninth_line_is_told_from_the_first_by_its_dashes() -> None:
+    rows = [{"step": 1, "lap": 0} | {f"reward/part/p{n}": 0.1 for n in range(9)}]
+    drawn = traces(report(JOB, rows))
+    first, ninth = drawn["reward/part/p0"], drawn["reward/part/p8"]
+    assert first["colour"] == ninth["colour"] == 0
+    assert (first["line"]["dash"], ninth["line"]["dash"]) == ("solid", "dash")
+
+
+def test_a_job_file_is_toml_again() -> None:
+    verifier = [{"name": "math", "weight": 1.0, "limit": None}, {"name": 'ex"act', "weight": 0.5}]
+    spec = JOB["spec"] | {"task": {"dataset": "data/ünï.jsonl", "verifier": verifier}}
+    page = Page(report(JOB | {"spec": spec}, []))
+    text = page.text[page.text.index("Job file, whole") + len("Job file, whole") :]
+    read = tomllib.loads(text)
+    assert read["task"]["verifier"] == [
+        {"name": "math", "weight": 1.0},
+        {"name": 'ex"act', "weight": 0.5},
+    ]
+    assert read["task"]["dataset"] == "data/ünï.jsonl"
+    assert read["recipe"]["off_policiness"] == 4
 
 
 def test_a_job_that_says_nothing_of_itself() -> None:
-    assert "0 of -" in Page(build_report({}, [])).text
+    assert "0 of -" in Page(report({}, [])).text
 
 
 def test_zeros_are_left_out_of_a_logarithm_only() -> None:
@@ -211,14 +240,14 @@ def test_zeros_are_left_out_of_a_logarithm_only() -> None:
         {"step": step, "lap": 0, "mismatch/k3": value, "entropy": value}
         for step, value in ((1, 0.0), (2, 0.1))
     ]
-    by_name = {t["name"]: t["x"] for f in figures(build_report(JOB, rows)) for t in f["traces"]}
+    by_name = {name: trace["x"] for name, trace in traces(report(JOB, rows)).items()}
     assert by_name["mismatch/k3"] == [2]
     assert by_name["entropy"] == [1, 2]
 
 
 def test_smoothing_and_lap_maximum() -> None:
-    assert smooth([1.0, 2.0]) == [1.0, 2.0]
-    assert smooth([float(i) for i in range(40)])[-1] == 38.5  # the last two of forty
+    assert smooth([(1, 1.0), (2, 2.0)]) == [(1, 1.0), (2, 2.0)]
+    assert smooth([(i, float(i)) for i in range(40)])[-1] == (39, 38.5)  # the last two of forty
     rows = [{"lap": 0, "a": 0.0}, {"lap": 0, "a": 0.1}, {"lap": 1, "a": None}, {"lap": 2, "a": 0.3}]
     assert lap_maximum(rows, "a") == [0.1, 0.1, None, 0.3]
 
@@ -238,7 +267,7 @@ def test_tokens_a_second_count_the_trainers_time_once() -> None:
 
 def test_written_file_replaces_an_older_one(tmp_path: Path) -> None:
     for _ in range(2):
-        write_report(tmp_path / "new" / "report.html", JOB, synthetic_rows())
+        write_page(tmp_path / "new" / "report.html", report(JOB, synthetic_rows()))
     assert (tmp_path / "new" / "report.html").read_text().startswith("<!doctype html>")
 
 

@@ -24,11 +24,11 @@ from keel.spec import load_spec
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
 from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
 from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
+from keel_gateway.cli_report import compare_jobs, report
 from keel_gateway.cli_samples import samples
 from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
 from keel_gateway.doctor import checks, say_check
 from keel_gateway.follow import follow
-from keel_gateway.report import write_report
 from keel_gateway.run_local import run_local
 from keel_gateway.schemas import Job
 from keel_gateway.stack import Stack
@@ -171,20 +171,8 @@ def engines(url: Url = None, as_json: Json = False) -> None:
     return out.print(table if found else "The gateway was told of no engine (KEEL_ENGINES)")
 
 
-@app.command()
-def report(
-    job: JobName = LATEST,
-    file: Annotated[Path, typer.Option("--out", dir_okay=False, help="Where to write it.")] = Path(
-        "report.html"
-    ),
-    url: Url = None,
-) -> None:
-    """Write a job's report: one HTML file that needs no network."""
-    with GatewayClient(find_url(url)) as client:
-        found = client.find(job)
-        rows = client.metrics(found.id).rows
-    write_report(file, found.model_dump(mode="json"), rows)
-    out.print(f"{file}: {found.id}, {len(rows)} rows")
+app.command()(report)
+app.command("compare")(compare_jobs)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,10 +12,13 @@ from rich.console import Console
 from keel.errors import InvalidField
 from keel.metrics import Row
 from keel.record import Phase
+from keel.samples import Sample
 from keel.spec import RunSpec
 from keel_gateway.client import GatewayClient
 from keel_gateway.follow import View, follow
-from keel_gateway.report import write_report
+from keel_gateway.page import write_page
+from keel_gateway.report import build_report
+from keel_gateway.run_folder import JOB, METRICS, SAMPLES, RunData, write_run
 from keel_gateway.schemas import Job
 from keel_gateway.sinks.base import Open, logged, opened
 from keel_gateway.stack import Stack
@@ -24,14 +26,8 @@ from keel_gateway.stack_folder import is_stack, lock_folder
 from keel_gateway.summary import Summary, duration
 from keel_gateway.watch import POLL_S
 
-JOB, METRICS, REPORT, MODEL, STACK = (
-    "job.json",
-    "metrics.jsonl",
-    "report.html",
-    "model",
-    "stack",
-)
-"""What it leaves in its folder. The stack's folder has the logs and the checkpoints."""
+REPORT, MODEL, STACK = "report.html", "model", "stack"
+"""What it leaves beside job, metrics and samples. The stack's folder has logs and checkpoints."""
 
 
 def run_local(
@@ -44,9 +40,10 @@ def run_local(
     threads: int,
     sinks: Sequence[Open] = (),
 ) -> Job:
-    """Runs `spec` on a stack of its own and leaves job, metrics, report and model in `out`.
+    """Runs `spec` on a stack of its own and leaves what came of it in `out`.
 
-    Also of a run that fails: all but the model. Returns the job as it ended.
+    Job, metrics, samples, report and model; of a run that fails all but the
+    model. Returns the job as it ended.
 
     Args:
         console: takes what is told before and after.
@@ -69,9 +66,9 @@ def run_local(
                     views = follow(client, job.id, every_s=POLL_S)
                     job = show(logged(client, views, taking))
             finally:
-                rows = client.metrics(job.id).rows
+                rows, samples = client.metrics(job.id).rows, client.samples(job.id)
                 job = client.job(job.id)
-                leave(job, rows, out)
+                leave(job, rows, samples, out)
         if job.model:
             shutil.copytree(job.model, out / MODEL)
     tell(job, rows, out, console, seconds=time.monotonic() - began)
@@ -89,18 +86,20 @@ def prepare(out: Path) -> None:
         raise InvalidField("--out", str(out), "a new or empty folder, or that of an earlier run")
     if there:
         lock_folder(stack, "--out").close()
-    for name in {JOB, METRICS, REPORT} & there:
+    for name in {JOB, METRICS, SAMPLES, REPORT} & there:
         (out / name).unlink()
     for name in (MODEL, STACK):  # the mark that the folder is ours goes last
         if name in there:
             shutil.rmtree(out / name)
 
 
-def leave(job: Job, rows: list[Row], out: Path) -> None:
-    """Writes job.json, metrics.jsonl and report.html."""
-    (out / JOB).write_text(job.model_dump_json(indent=2) + "\n")
-    (out / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_report(out / REPORT, job.model_dump(mode="json"), rows)
+def leave(job: Job, rows: list[Row], samples: list[Sample], out: Path) -> None:
+    """Writes job.json, metrics.jsonl, samples.jsonl and report.html."""
+    run = RunData(
+        job.model_dump(mode="json"), rows, [sample.model_dump(mode="json") for sample in samples]
+    )
+    write_run(out, run)
+    write_page(out / REPORT, build_report(run))
 
 
 def tell(job: Job, rows: list[Row], out: Path, console: Console, *, seconds: float) -> None:

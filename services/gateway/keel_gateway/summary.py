@@ -137,3 +137,58 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyNumber:
+    """One of the numbers by which runs are compared."""
+
+    name: str
+    value: float | None
+    form: str
+    """How it is written, as of `format`."""
+
+
+def key_numbers(rows: Sequence[Row], held_out: Iterable[str] = ()) -> list[KeyNumber]:
+    """The same numbers for every run, in the same order; of rows in ascending order of steps.
+
+    `held_out`: columns `eval/...` to give the last value of.
+    """
+    trained = trained_rows(rows)
+    found = Summary.of(rows)
+    accuracies = column(rows, "accuracy/eval")
+    seconds = [taken for row in trained if (taken := step_s(row))]
+    masked = [c for name in ("clip/high", "clip/low") if (c := mean(column(trained, name)))]
+
+    def over_all(name: str) -> float | None:
+        return mean(column(trained, name))
+
+    def at_end(name: str) -> float | None:
+        return mean(column(last_tenth(trained), name))
+
+    def last(name: str) -> float | None:
+        return next(reversed(column(rows, name)), None)
+
+    in_step = [value for value in lap_maximum(trained, "staleness/k3") if value is not None]
+    return [
+        KeyNumber("reward, first tenth", found.reward_first, ".3f"),
+        KeyNumber("reward, last tenth", found.reward_last, ".3f"),
+        KeyNumber("reward, all steps", over_all("reward/mean"), ".3f"),
+        KeyNumber("held-out accuracy, first", found.accuracy_first, ".3f"),
+        KeyNumber("held-out accuracy, last", found.accuracy_last, ".3f"),
+        KeyNumber("held-out accuracy, best", max(accuracies, default=None), ".3f"),
+        *(KeyNumber(f"{name}, last", last(name), ".3f") for name in held_out),
+        KeyNumber("entropy, last tenth", at_end("entropy"), ".3f"),
+        KeyNumber("mismatch/k1, mean", over_all("mismatch/k1"), ".2e"),
+        KeyNumber("mismatch/k3, mean", over_all("mismatch/k3"), ".2e"),
+        KeyNumber("staleness/k3, mean of lap maxima", mean(in_step), ".2e"),
+        KeyNumber(
+            "clipped tokens, mean", sum(masked) if column(trained, "clip/high") else None, ".2%"
+        ),
+        KeyNumber("effective sample size, mean", over_all("is/ess"), ".1%"),
+        KeyNumber("routes that differ, mean", over_all("routing/pair_disagree"), ".2%"),
+        KeyNumber("gradient norm, largest", max(column(trained, "grad_norm"), default=None), ".3g"),
+        KeyNumber("response length, last tenth", at_end("response/length_mean"), ".1f"),
+        KeyNumber("response tokens a second", found.tokens_per_s, ",.0f"),
+        KeyNumber("seconds a step", mean(seconds), ".3g"),
+    ]
