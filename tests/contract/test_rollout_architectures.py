@@ -22,10 +22,12 @@ from enginekit import (
 )
 from safetensors.torch import load_file
 
+from keel.errors import ModelError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import tensor_pb2
 from keel_rollout.engines.base import StagedTensor
 from keel_rollout.engines.torch.model import Model
+from keel_rollout.engines.torch.routers import RouterTap
 
 pytest_plugins = ["engine_fixtures"]
 
@@ -98,6 +100,14 @@ async def test_fp8_cohorts_repeat_bit_for_bit(
             bits.append([sequence.bits() for group in groups for sequence in group])
     assert bits[0] == bits[1]
     assert 1e-4 < np.abs(probes[0] - forward(model, PROBE)).max() < 0.5
+
+
+def test_experts_that_no_known_router_leads_to_are_refused() -> None:
+    """Taken for dense, such a model would report no routes and nobody would know why."""
+    model = tiny_model(SPARSE["mixtral"])
+    model.model.layers[1].mlp.gate = torch.nn.Linear(128, 16)
+    with pytest.raises(ModelError, match=r"MixtralForCausalLM: model\.layers\.1\.mlp .*TopKRouter"):
+        RouterTap(model)
 
 
 async def test_a_sliding_window_is_refused(client: EngineClient) -> None:

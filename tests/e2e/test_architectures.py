@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import SPARSE, tiny_model
 from jobs import Jobs, job_spec
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PhimoeConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+)
 
 from keel.presets import PRESETS
 
@@ -47,3 +56,58 @@ def test_a_preset_goes_through_the_loop(jobs: Jobs, preset: str) -> None:
     assert (loaded.get("num_experts", 0), loaded.get("experts_per_token", 0)) == (
         (16, 2) if layers else (0, 0)
     )
+
+
+def folder_of(model: PreTrainedModel, taught: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """[model] of a folder of one's own, with the presets' tokenizer."""
+    model.config.eos_token_id, model.config.pad_token_id = 1, 0
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(taught["path"]).save_pretrained(folder)
+    return {"path": str(folder)}
+
+
+def test_a_deepseek_folder_with_selection_biases_trains_under_r3(
+    jobs: Jobs, taught: dict[str, Any], tmp_path: Path
+) -> None:
+    """Latent queries; biases that decide who is chosen, and come out as they were put in."""
+    model = folder_of(tiny_model(SPARSE["deepseek-v3-lora"]), taught, tmp_path)
+    spec = job_spec(model=model, engine={"quantize": "none"}, recipe={"steps": 4})
+    state = jobs.run(spec)
+    for row in jobs.rows(state["id"])[1:]:
+        assert row["replay/rows_obeyed"] == row["replay/rows_requested"] > 0
+        # engine and trainer choose by the same biases
+        assert row["routing/pair_disagree"] < 0.01
+        assert row["mismatch/k3"] < 1e-6
+    before = load_file(tmp_path / "model.safetensors")
+    after = load_file(Path(state["model"]) / "model.safetensors")
+    biases = [name for name in after if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert all(torch.equal(after[name], before[name]) for name in biases)
+
+
+_SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (PhimoeConfig(**_SMALL), ["PhimoeTopKRouter", "a rule that replay does not know"]),
+        (Qwen2MoeConfig(**_SMALL), ["Qwen2MoeForCausalLM", "MixtralForCausalLM"]),
+    ],
+)
+def test_what_trainer_or_engine_does_not_know_fails_its_run_with_words(
+    jobs: Jobs, taught: dict[str, Any], tmp_path: Path, config: Any, words: list[str]
+) -> None:
+    """A router of another rule stops in the trainer, an architecture too many at the engine."""
+    model = folder_of(AutoModelForCausalLM.from_config(config), taught, tmp_path)
+    state = jobs.wait(jobs.submit(job_spec(model=model)))
+    assert state["phase"] == "FAILED"
+    assert all(word in state["error"] for word in words), state["error"]

@@ -216,6 +216,8 @@ class Publisher:
             ("moe_layers", tuple(loaded.loaded.moe_layers), self._info.moe_layer_numbers),
             ("precision.dtype", got.dtype, wanted.dtype),
             ("precision.quantize", got.quantize, wanted.quantize),
+            ("precision.quantize_inputs", got.quantize_inputs, wanted.quantize_inputs),
+            ("precision.quantize_router", got.quantize_router, wanted.quantize_router),
         ):
             if theirs != ours:
                 raise EngineError(
