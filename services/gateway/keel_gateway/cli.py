@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from keel.spec import load_spec
+from keel_gateway.cli_export import export
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
 from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
 from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
@@ -206,6 +207,7 @@ def run(
 
 app.command()(log)
 app.command()(samples)
+app.command()(export)
 
 
 @app.command()
