@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
 SETUP := $(VENV)/.setup-done
 
-.PHONY: help setup demo test test-unit test-browser faults lint format protos docs site site-serve bench-wire clean
+.PHONY: help setup demo test test-unit test-browser faults lint format protos docs site site-serve bench-wire bench-quantize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ site-serve: $(SETUP) ## show the docs at http://127.0.0.1:8000 while you write t
 
 bench-wire: $(SETUP) ## nanoseconds a token to encode and decode a sequence with routes
 	$(BIN)/python benchmarks/wire.py
+
+bench-quantize: $(SETUP) ## what emulated fp8 and fp4 cost, and what they do to log-probs and routes (a minute)
+	$(BIN)/python benchmarks/quantize.py
 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

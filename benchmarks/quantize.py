@@ -1,6 +1,6 @@
 """What emulated precisions of the torch engine cost, and what they do to log-probs and routes.
 
-`python benchmarks/quantize.py`. Cold-starts the preset as the demo does (some 30 s), then prints
+`make bench-quantize`. Cold-starts the preset as the demo does (some 30 s), then prints
 for each precision: tokens/s of CPU time (medians of
 interleaved rounds, one thread, 256 rows x 24 tokens), and
 on tokens that this precision sampled, against the float32 weights of a trainer: k3 and mean and
