@@ -89,6 +89,14 @@ def test_a_colour_a_run_and_a_picture_a_column() -> None:
     assert sum(figure["kind"] == "heat" for figure in drawn) == 3, "a heat map a run"
 
 
+def test_heat_maps_of_several_runs_have_one_scale() -> None:
+    more = [
+        row | {"routing/layer/10": 0.7} if row["step"] == 9 else row for row in synthetic_rows()
+    ]
+    html = build_comparison([run("a"), RunData(JOB, more)])
+    assert [figure["most"] for figure in figures(html) if figure["kind"] == "heat"] == [0.7, 0.7]
+
+
 def test_two_runs_of_one_name_are_told_apart() -> None:
     assert compare([run("a"), run("a"), run("a")]).labels == ["a", "a (2)", "a (3)"]
 

@@ -166,6 +166,8 @@ def test_of_a_job_that_goes_on_it_says_so_and_when_it_was_made() -> None:
         in text
     )
     assert "keel report first-abcdef" in text
+    taught = running | {"phase": "COLD_START", "cold_start_step": 7, "cold_start_steps": 90}
+    assert "COLD_START, at step 7 of 90." in Page(report(taught, [])).text
     over = Page(report(JOB, synthetic_rows(), made=made)).text
     assert "Report made 2026-11-20 11:01 UTC.\n" in over
     assert "while the job" not in over

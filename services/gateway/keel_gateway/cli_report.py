@@ -38,7 +38,7 @@ def report(
     found = {"out": str(file), "job": run.label, "rows": len(run.rows), "samples": len(run.samples)}
     if as_json:
         return show_json(found)
-    return out.print(f"{file}: {run.label}, {len(run.rows)} rows", markup=False)
+    return out.print(f"{file}: {run.label}, {len(run.rows)} rows", markup=False, soft_wrap=True)
 
 
 def compare_jobs(
@@ -67,13 +67,13 @@ def compare_jobs(
                 "differences": {one.name: one.values for one in found.differences},
             }
         )
-    out.print(found.over, markup=False)
+    out.print(found.over, markup=False, soft_wrap=True)
     out.print(_table("number", found.labels, found.numbers))
     if found.differences:
         out.print(_table("key", found.labels, found.differences))
     else:
         out.print("No key of the job files differs")
-    return out.print(f"{file}: the curves over one another", markup=False)
+    return out.print(f"{file}: the curves over one another", markup=False, soft_wrap=True)
 
 
 def load(job: str, url: str | None) -> RunData:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keel.metrics import Row
 from keel_gateway.charts import Card
@@ -36,22 +36,25 @@ class HeatMap:
         ends = [(part[0]["step"], part[-1]["step"]) for part in bins]
         numbers = sorted(layers)
         told = [f"layer {n} {mean(column(having, layers[n])) or 0:.1%}" for n in numbers]
+        z = [[_mean(part, layers[n]) for part in bins] for n in numbers]
         figure = {
             "kind": "heat",
             "x": [(first + last) / 2 for first, last in ends],
             "y": [str(n) for n in numbers],
-            "z": [[_mean(part, layers[n]) for part in bins] for n in numbers],
+            "z": z,
+            "most": max(value for line in z for value in line if value is not None),
             "steps": [f"step {a}" if a == b else f"steps {a} to {b}" for a, b in ends],
         }
         described = f"{self.title}, means over all steps: {', '.join(told)}"
         return [Card(self.title, self.says, described, (), figure)]
 
     def overlays(self, runs: Sequence[tuple[str, Sequence[Row]]]) -> list[Card]:
-        """A picture for each run: colours cannot lie over one another."""
+        """A picture for each run, since colours cannot lie over one another; all on one scale."""
+        cards = [(name, card) for name, rows in runs for card in self.cards(rows)]
+        most = max((card.figure["most"] for _, card in cards), default=0)
         return [
-            Card(f"{card.title}: {name}", card.says, card.described, (), card.figure)
-            for name, rows in runs
-            for card in self.cards(rows)
+            replace(card, title=f"{card.title}: {name}", figure=card.figure | {"most": most})
+            for name, card in cards
         ]
 
 

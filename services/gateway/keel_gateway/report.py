@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from keel.metrics import Row, meaning
+from keel.metrics import COLUMNS, Row
 from keel.record import Phase
 from keel_gateway.admission import R3_FROM
 from keel_gateway.curves import SMOOTHING_SHARE
@@ -89,9 +89,10 @@ def _made(job: Job, now: datetime) -> str:
     when = f"Report made {moment(now)}"
     if _over(job):
         return f"{when}."
+    kind = "cold_start_step" if _phase(job) == Phase.COLD_START else "step"
     return (
-        f"{when}, while the job goes on: {_phase(job)}, at step {job.get('step', 0):,} of "
-        f"{number(job.get('steps'), ',')}. For a newer one: keel report {job.get('id')}"
+        f"{when}, while the job goes on: {_phase(job)}, at step {job.get(kind, 0):,} of "
+        f"{number(job.get(f'{kind}s'), ',')}. For a newer one: keel report {job.get('id')}"
     )
 
 
@@ -139,7 +140,7 @@ def _metrics(rows: Sequence[Row]) -> list[dict[str, Any]]:
         values = column(having, name)
         ends = [mean(column(part(having), name)) for part in (first_tenth, last_tenth)]
         cells = [number(value, ".4g") for value in (*ends, min(values), max(values))]
-        lines.append({"name": name, "meaning": meaning(name) or "", "cells": cells})
+        lines.append({"name": name, "meaning": COLUMNS.get(name, ""), "cells": cells})
     return lines
 
 

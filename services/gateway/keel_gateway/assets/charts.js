@@ -28,6 +28,11 @@
     const values = figure.traces.flatMap((trace) => trace.y);
     return Math.log10(values.reduce((a, b) => Math.max(a, b)) / values.reduce((a, b) => Math.min(a, b)));
   };
+  // powers of ten; 1, 2, 5 of each where there are few; plotly's own where there is none
+  const logTicks = (figure) => {
+    const span = decades(figure);
+    return span > 1.3 ? { dtick: 1 } : span > 0.7 ? { dtick: "D2", tickformat: "~g" } : { tickformat: "~g" };
+  };
   const lines = (figure, base) => [
     figure.traces.map(({ colour: number, faint, ...trace }) => ({
       ...trace,
@@ -44,7 +49,7 @@
       yaxis: {
         ...axis(), type: figure.log ? "log" : "linear", title: { text: figure.unit, standoff: 4 },
         tickformat: figure.share ? "~%" : undefined, exponentformat: "power",
-        nticks: 7, dtick: figure.log && decades(figure) > 1.3 ? 1 : undefined,
+        nticks: 7, ...(figure.log ? logTicks(figure) : {}),
       },
     },
   ];
@@ -52,7 +57,7 @@
     [{
       type: "heatmap", x: figure.x, y: figure.y, z: figure.z, text: figure.y.map(() => figure.steps),
       hovertemplate: "<b>%{z:.2%}</b> of tokens<br>layer %{y}, %{text}<extra></extra>",
-      zmin: 0, colorscale: [0, 1, 2, 3].map((place) => [place / 3, colour(`--h${place}`)]),
+      zmin: 0, zmax: figure.most || 1, colorscale: [0, 1, 2, 3].map((place) => [place / 3, colour(`--h${place}`)]),
       colorbar: { thickness: 10, outlinewidth: 0, tickformat: "~%", nticks: 5, xpad: 6 },
     }],
     {
