@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from keel.record import Phase
 from keel.samples import Sample
 from keel_gateway.cli_samples import coloured, gap_style, legend, print_sample
+from keel_gateway.run_folder import RunData, write_run
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -84,6 +86,13 @@ def test_text(shown: Callable[..., Any], keel: Callable[..., Any]) -> None:
     )
     assert (prompt, response) == ("12*3=", "36")
     assert "\x1b" not in said, "no colours where nobody sees them"
+
+
+def test_samples_of_a_folder_of_keel_run(keel: Callable[..., Any], tmp_path: Path) -> None:
+    found = job(phase=Phase.SUCCEEDED, step=8).model_dump(mode="json")
+    write_run(tmp_path, RunData(found, [], SAMPLES))
+    result = keel("samples", str(tmp_path), "--worst", "reward", "--limit", "1", "--json")
+    assert json.loads(result.stdout) == {"samples": [SAMPLES[1]]}
 
 
 def styled(text: Any, **options: Any) -> str:

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 
 from keel.errors import InvalidField, KeelError, NotFound
 from keel_gateway.cli_group import err, out, show_json
-from keel_gateway.cli_options import Json, Url, complete_job
-from keel_gateway.client import LATEST, GatewayClient, find_url
+from keel_gateway.cli_options import JobOrRun, Json, Url
+from keel_gateway.client import GatewayClient, find_url
 from keel_gateway.run_folder import JOB
 from keel_gateway.run_local import MODEL, STACK
 from keel_gateway.schemas import Job
@@ -43,14 +43,7 @@ class Source:
 
 
 def export(
-    job: Annotated[
-        str,
-        typer.Argument(
-            metavar="JOB",
-            autocompletion=complete_job,
-            help=f"Id, its beginning, '{LATEST}', or a folder that keel run has left.",
-        ),
-    ],
+    job: JobOrRun,
     folder: Annotated[
         Path, typer.Option("--out", file_okay=False, help="New or empty folder for the model.")
     ],

@@ -35,6 +35,14 @@ JobName = Annotated[
         metavar="JOB", autocompletion=complete_job, help=f"Id, its beginning, or '{LATEST}'."
     ),
 ]
+JobOrRun = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB",
+        autocompletion=complete_job,
+        help=f"Id, its beginning, '{LATEST}', or a folder left by keel run.",
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option("--url", help="Gateway. Else KEEL_URL, `keel up` in this folder, port 8080."),

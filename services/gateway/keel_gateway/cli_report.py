@@ -12,7 +12,7 @@ from rich.table import Table
 
 from keel.errors import InvalidField
 from keel_gateway.cli_group import out, show_json
-from keel_gateway.cli_options import Json, Url, complete_job
+from keel_gateway.cli_options import JobOrRun, Json, Url, complete_job
 from keel_gateway.client import LATEST, GatewayClient, find_url
 from keel_gateway.compare import Compared, build_comparison, compare
 from keel_gateway.page import write_page
@@ -23,9 +23,7 @@ _WHICH = f"Id, its beginning, '{LATEST}', or a folder left by keel run."
 
 
 def report(
-    job: Annotated[
-        str, typer.Argument(metavar="JOB", autocompletion=complete_job, help=_WHICH)
-    ] = LATEST,
+    job: JobOrRun = LATEST,
     file: Annotated[Path, typer.Option("--out", dir_okay=False, help="Where to write it.")] = Path(
         "report.html"
     ),

@@ -13,8 +13,9 @@ from rich.text import Text
 from keel.errors import InvalidField
 from keel.samples import Sample
 from keel_gateway.cli_group import out, show_json
-from keel_gateway.cli_options import JobName, Json, Url
-from keel_gateway.client import LATEST, GatewayClient, find_url
+from keel_gateway.cli_options import JobOrRun, Json, Url
+from keel_gateway.cli_report import load
+from keel_gateway.client import LATEST
 from keel_gateway.sinks.base import describe_numbers, gaps_of
 
 LIKELIER = ("dodger_blue1", "deep_sky_blue1", "sky_blue1", "light_sky_blue1")
@@ -40,7 +41,7 @@ ORDERS: dict[Worst, Callable[[Sample], float]] = {
 
 
 def samples(
-    job: JobName = LATEST,
+    job: JobOrRun = LATEST,
     step: Annotated[
         int | None, typer.Option(min=1, help="Of this step; else the newest, or all with --worst.")
     ] = None,
@@ -55,14 +56,13 @@ def samples(
     as_json: Json = False,
 ) -> None:
     """Show samples of a job: prompt, response, reward, and where engine and trainer part."""
-    with GatewayClient(find_url(url)) as client:
-        found = client.find(job)
-        there = client.samples(found.id)
+    run = load(job, url)
+    there = [Sample.model_validate(sample) for sample in run.samples]
     chosen = choose(there, step, worst)[:limit]
     if as_json:
         return show_json({"samples": [sample.model_dump(mode="json") for sample in chosen]})
     if not chosen:
-        return out.print(f"{found.id} has no samples yet")
+        return out.print(f"{run.label} has no samples yet", markup=False)
     for sample in chosen:
         print_sample(sample, out)
     return out.print(legend())
