@@ -29,7 +29,7 @@ def sample(
         "valid": True,
         "invalid_reason": "",
         "prompt": f"prompt {slot}",
-        "response": "abc",
+        "response": "a" * tokens,
         "tokens": ["a"] * tokens,
         "rollout_logprobs": [-1.0] * tokens,
         "proximal_logprobs": [-1.125] * tokens,
@@ -93,7 +93,13 @@ def test_a_long_response_is_cut_and_says_how_long_it_was(monkeypatch: pytest.Mon
     assert view is not None
     (one,) = view["groups"][0]["responses"]
     assert [len(one[key]) for key in ("tokens", "r", "g", "e")] == [2, 2, 2, 2]
-    assert one["length"] == 5
+    assert (one["length"], one["longer"]) == (5, False)
+
+
+def test_of_a_response_whose_first_tokens_alone_were_kept_it_is_said() -> None:
+    view = sample_view([sample(1, tokens=3, response="aaaa")])
+    assert view is not None
+    assert view["groups"][0]["responses"][0]["longer"]
 
 
 def luminance(colour: str) -> float:

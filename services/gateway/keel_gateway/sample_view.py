@@ -21,8 +21,9 @@ def sample_view(samples: Sequence[Sample]) -> dict[str, Any] | None:
 
     {scale, left_out, groups: [{step, attempt, slot, prompt, responses: [...]}]}; a response has
     tokens, their rollout log-probs `r`, gaps `g` = proximal - rollout (null: not scored) and `e`
-    (layers whose experts differed; null: not recorded), all for the tokens that are shown. Whole
-    groups are left out where there are too many, evenly over the steps; the last one stays.
+    (layers whose experts differed; null: not recorded), all for the tokens that are shown, of
+    `length` that there are; `longer`: the trainer kept only the first. Whole groups are left out
+    where there are too many, evenly over the steps; the last one stays.
     """
     groups = [list(group) for _, group in groupby(sorted(samples, key=_place), key=_group)]
     if not groups:
@@ -54,6 +55,7 @@ def _response(one: Sample) -> dict[str, Any]:
         "truncated": bool(one.get("truncated")),
         "invalid": "" if one.get("valid", True) else str(one.get("invalid_reason") or "invalid"),
         "length": len(one["tokens"]),
+        "longer": len(one.get("response") or "") > sum(map(len, one["tokens"])),
         "tokens": one["tokens"][shown],
         "r": [_rounded(value) for value in one["rollout_logprobs"][shown]],
         "g": gaps and [_rounded(value) for value in gaps[shown]],

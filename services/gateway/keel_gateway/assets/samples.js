@@ -96,7 +96,7 @@
     `reward ${plain(response.reward)}`,
     ...Object.entries(response.parts).map(([name, value]) => `${name} ${plain(value)}`),
     `advantage ${response.advantage === null ? "none" : signed(response.advantage)}`,
-    `${response.length.toLocaleString("en")} tokens`,
+    `${response.length.toLocaleString("en")} tokens${response.longer ? " and more" : ""}`,
     ...(response.truncated ? ["truncated"] : []),
     ...(response.invalid ? [`left out: ${response.invalid}`] : []),
   ].join(" · ");
