@@ -25,7 +25,6 @@ def test_has_every_curve() -> None:
     wanted = {
         "reward/mean",
         "reward/mean, smooth",
-        "accuracy/eval",
         *(f"{factor}/{kind}" for factor in ("mismatch", "staleness") for kind in ("k1", "k3")),
         "routing/pair_disagree",
         "routing/token_disagree",
@@ -54,11 +53,19 @@ def test_the_papers_four_panels_come_first() -> None:
         "KL[mu_old || pi_old]",
     ]
     assert [[line.name for line in card.legend] for card in paper.cards] == [
-        ["accuracy/eval", "eval/gsm8k/avg@4"],
+        ["eval/gsm8k/avg@4"],
         ["reward/mean"],
         ["entropy"],
         ["mismatch/k1"],
     ]
+
+
+def test_without_held_out_sets_the_benchmark_score_is_the_accuracy() -> None:
+    card = of_run([{"step": 0, "accuracy/eval": 0.5}])[0].cards[0]
+    assert (card.title, [line.name for line in card.legend]) == (
+        "Benchmark score",
+        ["accuracy/eval"],
+    )
 
 
 def test_every_drawn_column_exists_and_is_explained_where_the_mouse_is() -> None:
@@ -76,7 +83,7 @@ def test_every_drawn_column_exists_and_is_explained_where_the_mouse_is() -> None
 def test_a_picture_is_told_in_words_too() -> None:
     html = report(JOB, synthetic_rows())
     assert (
-        'aria-label="Benchmark score, over steps: accuracy/eval 25.0% at step 0, 65.0% at step 40; '
+        'aria-label="Benchmark score, over steps: '
         'eval/gsm8k/avg@4 40.0% at step 10, 40.0% at step 40"'
     ) in html
     assert "means over all steps: layer 1 10.0%, layer 10 20.0%" in html

@@ -10,6 +10,8 @@ from keel_gateway.charts import Card, Chart, Line
 from keel_gateway.heat_map import HeatMap
 from keel_gateway.summary import TRAINER_TIMES
 
+ACCURACY = "accuracy/eval"
+"""A run's one number of held-out prompts; runs of several sets have a score for each too."""
 Runs = Sequence[tuple[str, Sequence[Row]]]
 """(name, rows) of several runs."""
 
@@ -35,7 +37,10 @@ class Shown:
 
 def of_run(rows: Sequence[Row]) -> list[Shown]:
     """What a run's rows can show; the paper's panels come first, if there are any of them."""
-    return _shown(columns(rows), lambda picture: picture.cards(rows))
+    names = columns(rows)
+    if any(map(_is_score, names)):  # accuracy/eval is the first set's score then
+        names = [name for name in names if name != ACCURACY]
+    return _shown(names, lambda picture: picture.cards(rows))
 
 
 def of_runs(runs: Runs) -> list[Shown]:
@@ -67,7 +72,7 @@ def _shown(names: Collection[str], cards: Callable[[Chart | HeatMap], list[Card]
 
 def _paper(names: Collection[str]) -> Section:
     """The four panels that each figure of the paper has."""
-    scores = [name for name in names if name.startswith("eval/") and "/avg@" in name]
+    scores = [name for name in names if name == ACCURACY or _is_score(name)]
     return Section(
         "The paper's four panels",
         "As the figures of arXiv 2512.01374 show a run.",
@@ -75,7 +80,7 @@ def _paper(names: Collection[str]) -> Section:
             Chart(
                 "Benchmark score",
                 "On prompts never trained on: accuracy, or the mean over a set's samples (avg@k).",
-                _points(["accuracy/eval", *scores]),
+                _points(scores),
                 share=True,
             ),
             Chart(
@@ -137,6 +142,10 @@ def _responses(names: Collection[str]) -> Section:
             ),
         ),
     )
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith("eval/") and "/avg@" in name
 
 
 def _points(names: Sequence[str]) -> list[Line]:
