@@ -6,11 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from keel.spec import RunSpec
+from keel.spec import EvaluationSet, RunSpec, VerifierSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "run-schema.md"
+
+TABLES: dict[str, dict[str, type[BaseModel]]] = {
+    "task": {"verifier": VerifierSpec},
+    "evaluation": {"sets": EvaluationSet},
+}
+"""Lists of tables within a section."""
 
 HEAD = """# The run schema
 
@@ -31,6 +38,10 @@ def page() -> str:
             _, _, what = (section.__doc__ or "").partition(": ")
             parts += [f"\n## [{name}]\n", f"{what[:1].upper()}{what[1:]}\n"]
             parts += _table(section.model_fields)  # type: ignore[attr-defined]
+            for key, table in TABLES.get(name, {}).items():
+                _, _, what = (table.__doc__ or "").partition(": ")
+                parts += [f"\n### [[{name}.{key}]]\n", f"{what[:1].upper()}{what[1:]}\n"]
+                parts += _table(table.model_fields)
     return "\n".join(parts) + "\n"
 
 
@@ -45,7 +56,9 @@ def _is_section(field: FieldInfo) -> bool:
 def _table(fields: dict[str, FieldInfo]) -> list[str]:
     rows = ["| key | default | valid | meaning |", "| --- | --- | --- | --- |"]
     for name, field in fields.items():
-        default = "required" if field.is_required() else f"`{_toml(field.default)}`"
+        default = "none"
+        if field.is_required() or field.default is not None:
+            default = "required" if field.is_required() else f"`{_toml(field.default)}`"
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         rows.append(f"| `{name}` | {default} | {_valid(field)} | {meaning} |")
     return rows
@@ -103,6 +116,10 @@ def _schemas() -> dict[int, dict[str, Any]]:
                 found[id(inner)] = definition["properties"][key]
         else:
             found[id(field)] = whole["properties"][name]
+    for tables in TABLES.values():
+        for table in tables.values():
+            properties = whole["$defs"][table.__name__]["properties"]
+            found |= {id(inner): properties[key] for key, inner in table.model_fields.items()}
     return found
 
 

@@ -34,6 +34,19 @@ class InvalidField(KeelError, ValueError):
         super().__init__(f"{field}: {shown} is not valid; valid: {valid}")
 
 
+class DatasetError(InvalidField):
+    """A data file cannot be used; the message says where it is wrong. Its owner can mend it.
+
+    Example:
+        DatasetError("task.dataset", "/d/train.jsonl", "line 3, answer: missing ...")
+        -> "task.dataset: /d/train.jsonl: line 3, answer: missing ..."
+    """
+
+    def __init__(self, field: str, path: object, problem: str) -> None:
+        self.field, self.value, self.valid = field, str(path), problem
+        KeelError.__init__(self, f"{field}: {path}: {problem}")
+
+
 class WireError(KeelError):
     """Bytes from another process are not what the contract says. Not retried."""
 

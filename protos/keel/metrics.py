@@ -54,13 +54,14 @@ COLUMNS: dict[str, str] = {
     "tokens/prompt": "prompt tokens of the mini-batch",
     "tokens/response": "response tokens of the mini-batch",
     "tokens/trained": "response tokens of valid sequences",
-    "accuracy/eval": "greedy accuracy on held-out prompts, after this step",
+    "accuracy/eval": "mean reward on the first held-out set (its avg@K), after this step",
 }
 """Every column that each run has, with its meaning and unit."""
 
 FAMILIES: dict[str, str] = {
-    "reward/part/": "mean over valid responses of one part of the reward, before weighting",
-    "eval/": "one held-out set, after this step: eval/SET/avg@K and eval/SET/pass@K",
+    "reward/part/": "mean over valid responses of one verifier's value, before weighting",
+    "eval/": "one held-out set, after this step: eval/SET/avg@K, the mean reward of K responses a "
+    "prompt; eval/SET/pass@K, the share of prompts with a right one among them",
     "routing/layer/": "routing/pair_disagree of one MoE layer, by its global layer number",
 }
 """Columns whose names depend on the run: what they begin with, and what they mean."""

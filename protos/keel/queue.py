@@ -59,6 +59,11 @@ def versions_key(run: str) -> str:
     return f"keel:versions:{run}"
 
 
+def data_key(run: str) -> str:
+    """Hash: data file to its xxh3 when the run began, by key of the job (task.dataset)."""
+    return f"keel:data:{run}"
+
+
 def pack(envelope: sequence_pb2.Envelope) -> dict[bytes, bytes]:
     """An envelope as the fields of a stream entry."""
     return {ENVELOPE_FIELD: envelope.SerializeToString()}

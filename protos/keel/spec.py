@@ -6,36 +6,41 @@ the paper's (arXiv 2512.01374) where it states them, and marked as Keel's own wh
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from keel.errors import InvalidField
 from keel.presets import PRESETS
+from keel.spec_base import ACROSS, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from keel.spec_base import Section as _Section
+from keel.spec_base import across as _across
+from keel.spec_data import (
+    DEFAULT_HELD_OUT,
+    HELD_OUT,
+    ColdStartSpec,
+    EvaluationSpec,
+)
+from keel.spec_data import MULTIPLICATION as MULTIPLICATION
+from keel.spec_data import EvaluationSet as EvaluationSet
+from keel.spec_data import TaskSpec as TaskSpec
+from keel.spec_data import VerifierSpec as VerifierSpec
+from keel.spec_data import answers_for as answers_for
+from keel.spec_data import is_custom_verifier as is_custom_verifier
 
 COHORT_SEQUENCES = 256
 """Most sequences of a cohort, unless one group is larger: a batch that computes well."""
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Replay = Literal["auto", "none", "R2", "R3"]
 
 
-_ACROSS = "keel_across_fields"
-
-
-def _across(field: str, value: object, valid: str) -> PydanticCustomError:
-    """A complaint about one field that only the sight of another one allows."""
-    return PydanticCustomError(_ACROSS, "{valid}", {"field": field, "value": value, "valid": valid})
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+def is_template(text: str) -> bool:
+    """Whether a model.chat_template is the template itself, not the path of one."""
+    return "{{" in text or "{%" in text
 
 
 class ModelSpec(_Section):
@@ -47,6 +52,9 @@ class ModelSpec(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the trainer's forward and of the published weights. bfloat16 keeps float32 masters;
     the paper trains in bfloat16."""
+    chat_template: str | None = None
+    """Jinja template for chat messages: its text, or an absolute path that the collector can read
+    (in a job file also one relative to it). Left out: the model folder's own."""
 
     @field_validator("path")
     @classmethod
@@ -57,27 +65,12 @@ class ModelSpec(_Section):
             raise ValueError(f"a model folder, or one of {known}")
         return path
 
-
-class TaskSpec(_Section):
-    """[task]: prompts, and what counts as right."""
-
-    dataset: Literal["multiplication"] = "multiplication"
-    """Built-in task: character-level multiplication with a scratchpad."""
-    verifier: Literal["multiplication"] = "multiplication"
-    """Reward 1 if the response ends with the right product, else 0 (the paper: binary)."""
-    difficulty: Annotated[int, Field(ge=2, le=6)] = 3
-    """Most digits of the first factor; it has at least 2. The second factor has 1."""
-
-
-class ColdStartSpec(_Section):
-    """[cold_start]: supervised steps on the task's (noisy) demonstrations before version 0."""
-
-    steps: NonNegativeInt = 0
-    """Optimizer steps; 0 means no cold start."""
-    learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate of AdamW. Keel's choice for small models."""
-    batch_size: PositiveInt = 64
-    """Demonstrations a step."""
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, template: str | None) -> str | None:
+        if template is not None and not (is_template(template) or Path(template).is_absolute()):
+            raise ValueError("a Jinja template, or an absolute path of one")
+        return template
 
 
 class EngineSpec(_Section):
@@ -191,16 +184,6 @@ class RecipeSpec(_Section):
         return self
 
 
-class EvaluationSpec(_Section):
-    """[evaluation]: greedy accuracy on held-out prompts, at version boundaries."""
-
-    every: NonNegativeInt = 0
-    """Optimizer steps between evaluations, a multiple of off_policiness; also before the first
-    step and after the last. 0: never."""
-    samples: PositiveInt = 128
-    """Held-out prompts."""
-
-
 class CheckpointSpec(_Section):
     """[checkpoint]: what a crash can cost."""
 
@@ -247,6 +230,48 @@ class RunSpec(_Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _data_fits(self) -> Self:
+        if self.cold_start.steps and self.task.file and self.cold_start.dataset is None:
+            raise _across(
+                "cold_start.dataset",
+                "missing",
+                "a JSONL file of prompts and responses: the built-in demonstrations do not fit "
+                "task.dataset; or cold_start.steps = 0",
+            )
+        if self.evaluation.every and self.task.file and self.held_out == 0:
+            for index, each in enumerate(self.evaluation_sets):
+                if each.dataset is None:
+                    raise _across(
+                        f"evaluation.sets.{index}.dataset"
+                        if self.evaluation.sets
+                        else "task.held_out",
+                        "missing" if self.evaluation.sets else 0,
+                        "a JSONL file, or a task.held_out above 0: nothing is kept from training",
+                    )
+        return self
+
+    @property
+    def held_out(self) -> float:
+        """Share of the task's file that is kept from training."""
+        if self.task.held_out is not None:
+            return self.task.held_out
+        return DEFAULT_HELD_OUT if any(s.dataset is None for s in self.evaluation_sets) else 0.0
+
+    @property
+    def evaluation_sets(self) -> tuple[EvaluationSet, ...]:
+        """What is evaluated, in order; the first one's mean is accuracy/eval."""
+        return self.evaluation.sets or (EvaluationSet(name=HELD_OUT),)
+
+    def verifiers_of(self, evaluated: EvaluationSet) -> tuple[VerifierSpec, ...]:
+        """What judges the responses of an evaluation set."""
+        return evaluated.verifier or self.task.verifiers
+
+    @property
+    def evaluation_max_tokens(self) -> int:
+        """Most tokens of a response in evaluation."""
+        return self.evaluation.max_tokens or self.rollout.max_tokens
+
     @property
     def laps(self) -> int:
         """Laps of the run; each makes one policy version."""
@@ -284,7 +309,7 @@ def spec_errors(error: ValidationError) -> list[InvalidField]:
 
 
 def _complaint(item: ErrorDetails) -> InvalidField:
-    if item["type"] == _ACROSS:
+    if item["type"] == ACROSS:
         return InvalidField(item["ctx"]["field"], item["ctx"]["value"], item["msg"])
     field = ".".join(str(part) for part in item["loc"]) or "spec"
     value = "missing" if item["type"] == "missing" else item["input"]
@@ -305,10 +330,51 @@ def _valid(field: str, kind: str, message: str) -> str:
 
 
 def load_spec(path: Path) -> RunSpec:
-    """Reads a job file (TOML)."""
+    """Reads a job file (TOML).
+
+    Data files that it names may be relative to its folder; a chat template's file is read into the
+    spec, so that the job holds it.
+    """
     try:
-        return parse_spec(tomllib.loads(path.read_text(encoding="utf-8")))
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise InvalidField(str(path), str(error), "a TOML file; see examples/") from error
     except UnicodeDecodeError as error:
         raise InvalidField(str(path), str(error), "a TOML file in UTF-8") from error
+    _settle_paths(data, path.parent.absolute())
+    return parse_spec(data)
+
+
+def _settle_paths(data: dict[str, Any], folder: Path) -> None:
+    """Makes the file names in decoded TOML absolute; what is no name is left to the checks."""
+    for section, key, file in _file_names(data):
+        if key == "chat_template":
+            if not is_template(file):
+                section[key] = _read_template(folder / Path(file).expanduser())
+        elif file != MULTIPLICATION:
+            section[key] = os.path.normpath(folder / Path(file).expanduser())
+
+
+def _file_names(data: dict[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
+    evaluation = data.get("evaluation")
+    sets = evaluation.get("sets") if isinstance(evaluation, dict) else None
+    sections = [
+        (data.get("model"), "chat_template"),
+        (data.get("task"), "dataset"),
+        (data.get("cold_start"), "dataset"),
+        *((each, "dataset") for each in (sets if isinstance(sets, list) else [])),
+    ]
+    return [
+        (section, key, section[key])
+        for section, key in sections
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key].strip()
+    ]
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidField(
+            "model.chat_template", str(path), f"a readable file ({error})"
+        ) from error

@@ -24,7 +24,10 @@ def test_every_step_has_a_row_with_every_metric(jobs: Jobs, undisturbed: dict[st
     assert [row["step"] for row in rows if "accuracy/eval" in row] == [0, 4, 8, 12]
     for row in rows[1:]:
         by_layer = ["routing/layer/0", "routing/layer/1"]
-        assert row.keys() | {"accuracy/eval"} == COLUMNS.keys() | set(by_layer)
+        parts = {"reward/part/multiplication", "reward/part/multiplication/formed"}
+        columns = row.keys() - {"eval/held_out/avg@1", "eval/held_out/pass@1"}
+        assert columns | {"accuracy/eval"} == COLUMNS.keys() | set(by_layer) | parts
+        assert row["reward/part/multiplication"] == row["reward/mean"]
         mean = sum(row[layer] for layer in by_layer) / 2
         assert row["routing/pair_disagree"] == pytest.approx(mean, rel=1e-12)
         assert all(isinstance(value, int | float) for value in row.values()), row

@@ -31,6 +31,7 @@ from keel.types.v1 import sequence_pb2
 from keel_rollout.collector import produce
 from keel_rollout.collector.follow import Follower
 from keel_rollout.collector.main import connect
+from keel_rollout.collector.streams import SlotStream
 from keel_rollout.collector.verify import VerifierPool
 
 
@@ -115,8 +116,8 @@ async def test_a_lap_gives_one_whole_envelope_a_slot(
             assert sequence.policy_versions[0].policy_version == 1
             assert (sequence.reward, sequence.invalid_reason) == (1.0, "")
             assert {part.name: part.value for part in sequence.reward_parts} == {
-                "correct": 1.0,
-                "formed": 1.0,
+                "multiplication": 1.0,
+                "multiplication/formed": 1.0,
             }
 
 
@@ -173,6 +174,7 @@ async def test_engine_trouble_is_sent_again_as_a_whole_cohort(
         await until(lambda: client.xlen("keel:groups:r") == 8)
         await asyncio.sleep(0.1)
     assert [e.WhichOneof("payload") for e in envelopes(client)] == ["group"] * 8
+
     tries = Counter(request.cohort.try_number for request in engine.requests)
     assert len(tries) == 3
     assert tries[max(tries)] == 8
@@ -453,7 +455,9 @@ async def test_evaluation_comes_first_and_once(
         await until(lambda: client.xlen("keel:groups:r") == 8)
     row = json.loads(client.hget(metrics_key("r"), "0:0:evaluation"))
     assert 0 < len(wrong) < 300
-    assert row == {"step": 0, "accuracy/eval": (300 - len(wrong)) / 300}
+    right = (300 - len(wrong)) / 300
+    columns = ("accuracy/eval", "eval/held_out/avg@1", "eval/held_out/pass@1")
+    assert row == {"step": 0} | dict.fromkeys(columns, pytest.approx(right))
     asked, trained = engine.requests[:300], engine.requests[300:]
     assert Counter(r.cohort.id for r in asked) == {"0/0/evaluation/0": 256, "0/0/evaluation/1": 44}
     assert {(r.sampling.temperature, r.num_samples, r.with_routes) for r in asked} == {
@@ -530,3 +534,171 @@ async def test_runs_do_not_disturb_each_other(
         await until(lambda: error_of(client))
     await other.stop()
     assert "tokenizer.json' is not a file" in error_of(client)
+
+
+def write_rows(path: Path, *rows: dict[str, object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sums(count: int) -> list[dict[str, object]]:
+    return [{"prompt": f"{i + 10}*2=", "answer": str(2 * (i + 10))} for i in range(count)]
+
+
+async def test_a_file_of_prompts_two_verifiers_and_sets_of_several_responses(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    tmp_path: Path,
+) -> None:
+    """The engine answers "=20": `exact` never agrees, the pattern's answer always does."""
+    task = {
+        "dataset": write_rows(tmp_path / "d.jsonl", *sums(40)),
+        "verifier": [
+            {"name": "regex", "pattern": "=(?P<answer>[0-9]+)", "weight": 0.75},
+            {"name": "exact", "weight": 0.25},
+        ],
+    }
+    wrong = write_rows(tmp_path / "e.jsonl", {"prompt": "3*3=", "answer": "8"})
+    sets = [{"name": "own"}, {"name": "wrong", "dataset": wrong, "verifier": "multiplication"}]
+    evaluation = {
+        "every": 2,
+        "samples": 1,
+        "k": 3,
+        "temperature": 1.0,
+        "top_p": 0.5,
+        "max_tokens": 9,
+        "pass_reward": 0.75,
+        "sets": sets,
+    }
+    write_run(
+        client,
+        make_spec(task=task, evaluation=evaluation),
+        artifact,
+        engine.address,
+        policy_version=0,
+    )
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    assert error_of(client) == ""
+    row = json.loads(client.hget(metrics_key("r"), "0:0:evaluation"))
+    assert row == {
+        "step": 0,
+        "accuracy/eval": 0.75,
+        "eval/own/avg@3": 0.75,
+        "eval/own/pass@3": 1.0,
+        "eval/wrong/avg@3": 0.0,
+        "eval/wrong/pass@3": 0.0,
+    }
+    evaluated = [r for r in engine.requests if r.purpose == pb.PURPOSE_EVALUATION]
+    assert [(r.num_samples, r.cohort.id) for r in evaluated] == [
+        (3, "0/0/evaluation/own/0"),
+        (3, "0/0/evaluation/wrong/0"),
+    ]
+    sampling = evaluated[0].sampling
+    assert (sampling.top_p, sampling.temperature, sampling.max_tokens) == (0.5, 1.0, 9)
+    trained = [r for r in engine.requests if r.purpose == pb.PURPOSE_TRAINING]
+    assert len(trained) == len({r.prompt_token_ids.data for r in trained}) == 8
+    assert not {r.prompt_token_ids.data for r in trained} & {
+        r.prompt_token_ids.data for r in evaluated
+    }
+    for envelope in envelopes(client):
+        for sequence in envelope.group.sequences:
+            assert sequence.reward == 0.75
+            assert {part.name: part.value for part in sequence.reward_parts} == {
+                "regex": 1.0,
+                "regex/found": 1.0,
+                "exact": 0.0,
+            }
+
+
+@pytest.mark.parametrize(
+    ("rows", "verifier", "told"),
+    [
+        (
+            [{"prompt": "1*2="}],
+            "exact",
+            "1 of 1 lines cannot be used: line 1, answer: missing is not valid; valid: text or a "
+            "number, which verifier exact compares with",
+        ),
+        (
+            [{"prompt": [{"role": "user", "content": "1*2="}], "answer": 2}] * 2
+            + [{"prompt": "3*4=", "answer": 12}],
+            "exact",
+            "model.chat_template: missing, and task.dataset",
+        ),
+        ([{"prompt": "1*2=", "answer": 2}], "os:getcwd", "the operator allowed (none now)"),
+        ([{"prompt": "1*2=", "answer": 2}], "exact", "leaves nothing to train on"),
+    ],
+)
+async def test_bad_data_fails_the_run_before_anything_is_sampled(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    tmp_path: Path,
+    rows: list[dict[str, object]],
+    verifier: str,
+    told: str,
+) -> None:
+    path = write_rows(tmp_path / "d.jsonl", *rows)
+    spec = make_spec(task={"dataset": path, "verifier": verifier})
+    write_run(client, spec, artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: error_of(client))
+    assert told in error_of(client)
+    assert not engine.requests
+
+
+async def test_a_file_changed_between_start_and_resume_ends_the_run(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    tmp_path: Path,
+) -> None:
+    path = write_rows(tmp_path / "d.jsonl", *sums(40))
+    spec = make_spec(task={"dataset": path, "verifier": "exact"})
+    write_run(client, spec, artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+    client.hset(run_key("r"), "policy_version", 1)
+    write_rows(tmp_path / "d.jsonl", *sums(41))
+    async with collector(server.url):
+        await until(lambda: error_of(client))
+    assert error_of(client).startswith(f"task.dataset: {path}: it is not what the run began with")
+    assert client.xlen("keel:groups:r") == 8
+    write_rows(tmp_path / "d.jsonl", *sums(40))
+    client.hdel(run_key("r"), "collector_error")
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 16)
+
+
+async def test_a_cancelled_add_leaves_the_stream_in_doubt(
+    server: RedisServer, client: redis.Redis, artifact: Path
+) -> None:
+    """Its entry may be there: the next add of the slot looks before it adds."""
+    write_run(client, make_spec(), artifact, "")
+    connection = connect(server.url)
+    stream = SlotStream(connection, "keel:groups:r", "r")
+    envelope = sequence_pb2.Envelope(
+        id=sequence_pb2.SlotId(run="r", lap=0, slot=3), void=sequence_pb2.VoidSlot(reason="x")
+    )
+    await stream.added()
+    adding = connection.xadd
+
+    async def late(*arguments: object, **options: object) -> object:
+        reply = await adding(*arguments, **options)  # type: ignore[arg-type]
+        await asyncio.sleep(3600)
+        return reply
+
+    connection.xadd = late  # type: ignore[method-assign, assignment]
+    cancelled = asyncio.create_task(stream.add(envelope))
+    await until(lambda: client.xlen("keel:groups:r") == 1)
+    cancelled.cancel()
+    await asyncio.wait({cancelled})
+    connection.xadd = adding  # type: ignore[method-assign]
+    await stream.add(envelope)
+    await connection.aclose()
+    assert client.xlen("keel:groups:r") == 1

@@ -13,9 +13,9 @@ from keel.codec import to_ndarray
 from keel.errors import ModelError
 from keel.presets import END
 from keel.spec import RunSpec
+from keel_rollout.collector.data import RunData
 from keel_rollout.collector.main import main
 from keel_rollout.collector.plan import Plan
-from keel_rollout.collector.tasks.registry import make_task
 from keel_rollout.collector.text import TextCodec
 
 
@@ -25,7 +25,7 @@ def text(tmp_path: Path) -> TextCodec:
 
 
 def make_plan(text: TextCodec, spec: RunSpec) -> Plan:
-    return Plan("r", spec, make_task(spec.task), text)
+    return Plan("r", spec, RunData(spec), text)
 
 
 def test_places_have_seeds_of_their_own(text: TextCodec) -> None:
@@ -59,11 +59,13 @@ def test_cohorts_hold_256_sequences_in_slot_order(text: TextCodec) -> None:
 
 
 def test_the_evaluation_set_is_the_same_at_every_version(text: TextCodec) -> None:
-    plan = make_plan(text, make_spec(evaluation={"every": 2, "samples": 300}))
-    early, late = (plan.evaluation_slots(attempt, version) for attempt, version in ((0, 0), (1, 9)))
+    spec = make_spec(evaluation={"every": 2, "samples": 300})
+    plan = make_plan(text, spec)
+    (held_out,) = RunData(spec).sets
+    early, late = (plan.evaluation_slots(held_out, *place) for place in ((0, 0), (1, 9)))
     assert [slot.problem for slot in early] == [slot.problem for slot in late]
     assert not {s.seed for s in early} & {s.seed for s in late}
-    cohorts = plan.evaluation_cohorts(1, 9, late)
+    cohorts = plan.evaluation_cohorts(held_out, 1, 9, late)
     assert [(c.id, len(c.slots)) for c in cohorts] == [
         ("1/9/evaluation/0", 256),
         ("1/9/evaluation/1", 44),

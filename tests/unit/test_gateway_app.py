@@ -195,6 +195,28 @@ async def test_a_bad_spec_is_refused_by_name(
     assert house.redis.zcard(RUNS_KEY) == 0
 
 
+async def test_a_bad_data_file_is_refused_where_the_gateway_sees_it(
+    house: House, stack: AsyncExitStack, tmp_path: Path
+) -> None:
+    """A path whose folder is unknown here may be on the collector's disk."""
+    client = await house.open(stack, peers=False)
+    file = tmp_path / "d.jsonl"
+    file.write_text('{"prompt": "p"}\n')
+    hard = {"name": "hard", "dataset": str(tmp_path / "no.jsonl")}
+    change = {
+        "task": {"dataset": str(file), "verifier": "math"},
+        "evaluation": {"sets": [hard]},
+    }
+    body = the_problem(await client.post("/v1/jobs", json=SPEC | change), 422)
+    first, second = body["errors"]
+    assert (first["field"], first["value"]) == ("task.dataset", str(file))
+    assert first["valid"].startswith("1 of 1 lines cannot be used: line 1, answer: missing")
+    assert second["field"] == "evaluation.sets.0.dataset"
+    assert second["valid"].startswith("there is no such file")
+    change = {"task": {"dataset": "/elsewhere/of/the/collector.jsonl", "verifier": "math"}}
+    assert (await client.post("/v1/jobs", json=SPEC | change)).status_code == 201
+
+
 async def test_every_fault_is_named_but_not_without_end(
     house: House, stack: AsyncExitStack
 ) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel.presets import END, PRESETS
+from keel_rollout.collector.tasks.base import Case, Verdict
 from keel_rollout.collector.tasks.multiplication import (
     DIRECT_GUESS,
     WRONG_DIGIT,
@@ -20,7 +21,11 @@ from keel_rollout.collector.tasks.multiplication import (
     scratchpad,
 )
 
-verify = MultiplicationVerifier().verify
+
+def verify(prompt: str, response: str, answer: str) -> Verdict:
+    return MultiplicationVerifier().verify(Case(prompt, "", answer=answer, raw=response))
+
+
 quick = settings(max_examples=50, deadline=None)
 first_factors = st.integers(10, 999_999)
 second_factors = st.integers(2, 9)
@@ -39,7 +44,7 @@ def test_a_clean_scratchpad_verifies_and_fits(a: int, b: int) -> None:
     response = scratchpad(a, b)
     verdict = verify(f"{a}*{b}=", response, str(a * b))
     assert verdict.reward == 1.0
-    assert verdict.parts == {"correct": 1.0, "formed": 1.0}
+    assert verdict.parts == {"formed": 1.0}
     assert len(response.removesuffix(END)) + 1 <= 6 * len(str(a)) + 3
     assert set(response.removesuffix(END)) <= set(PRESETS["tiny-qwen3-moe"].alphabet)
 
@@ -81,11 +86,11 @@ def test_problems_and_demonstrations_keep_to_their_side_of_the_split(
     seed: int, difficulty: int
 ) -> None:
     task = Multiplication(difficulty)
-    prompt, _ = task.demonstration(seed)
+    prompt, _ = task.demonstration(seed, 0)
     for text, held_out in (
-        (task.training_problem(seed).prompt, False),
+        (task.training_problem(seed, 0).prompt, False),
         (prompt, False),
-        (task.held_out_problem(seed).prompt, True),
+        (task.held_out_problem(seed, 0).prompt, True),
     ):
         a, b = (int(number) for number in text.rstrip("=").split("*"))
         assert is_held_out(a, b) is held_out
@@ -97,9 +102,9 @@ def test_problems_and_demonstrations_keep_to_their_side_of_the_split(
 @given(seed=seeds)
 def test_the_same_seed_gives_the_same(seed: int) -> None:
     one, other = Multiplication(4), Multiplication(4)
-    assert one.training_problem(seed) == other.training_problem(seed)
-    assert one.held_out_problem(seed) == other.held_out_problem(seed)
-    assert one.demonstration(seed) == other.demonstration(seed)
+    assert one.training_problem(seed, 0) == other.training_problem(seed, 0)
+    assert one.held_out_problem(seed, 0) == other.held_out_problem(seed, 0)
+    assert one.demonstration(seed, 0) == other.demonstration(seed, 0)
 
 
 def test_the_split_holds_a_tenth_and_favours_no_digit() -> None:
@@ -124,7 +129,7 @@ def test_the_split_holds_a_tenth_and_favours_no_digit() -> None:
 
 def test_lengths_are_equally_likely() -> None:
     task = Multiplication(4)
-    lengths = Counter(len(task.training_problem(seed).prompt) for seed in range(3000))
+    lengths = Counter(len(task.training_problem(seed, 0).prompt) for seed in range(3000))
     assert lengths.keys() == {5, 6, 7}
     assert all(900 < count < 1100 for count in lengths.values())
 
@@ -135,7 +140,7 @@ def test_demonstrations_are_as_noisy_as_promised() -> None:
     task = Multiplication(3)
     guesses = wrong = sums = right = 0
     for seed in range(3000):
-        prompt, response = task.demonstration(seed)
+        prompt, response = task.demonstration(seed, 0)
         a, b = (int(number) for number in prompt.rstrip("=").split("*"))
         right += verify(prompt, response, str(a * b)).reward
         if response.startswith("="):

@@ -15,16 +15,29 @@ from pathlib import Path
 import psutil
 import pytest
 
-from keel_rollout.collector.tasks.base import Verdict
-from keel_rollout.collector.verify import Case, Judgement, VerifierPool
+from keel.errors import InvalidField
+from keel.spec import VerifierSpec
+from keel_rollout.collector.tasks.base import Case, Verdict
+from keel_rollout.collector.verifiers import Options
+from keel_rollout.collector.verify import Judgement, VerifierPool
 from keel_rollout.collector.verify_worker import serve
+
+MISBEHAVING = VerifierSpec(name="regex", pattern="", label="misbehaving")
+"""In these workers, regex is `Misbehaving`."""
 
 
 class Misbehaving:
-    """Does what the response says; the reward of a good one is the reference."""
+    """Does what the response says; the reward of a good one is the answer."""
 
-    def verify(self, prompt: str, response: str, reference: str) -> Verdict:
-        match response:
+    def __init__(self, options: Options) -> None:
+        if options["label"] == "unloadable":
+            raise ImportError("no such module")
+        if options["label"] == "endless":
+            while True:
+                pass
+
+    def verify(self, case: Case) -> Verdict:
+        match case.response:
             case "raise":
                 raise ValueError("no such answer")
             case "exit":
@@ -60,11 +73,11 @@ class Misbehaving:
                     pass
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-        return Verdict(float(reference), {"half": float(reference) / 2})
+        return Verdict(float(case.answer), {"half": float(case.answer) / 2})
 
 
 if __name__ == "__main__":
-    serve({"misbehaving": Misbehaving()})
+    serve({"regex": Misbehaving})
 
 
 @pytest.fixture
@@ -80,13 +93,13 @@ async def pool() -> AsyncIterator[VerifierPool]:
 
 
 async def judge(pool: VerifierPool, *responses: str) -> list[Judgement]:
-    """Response i has reference i."""
+    """Response i has answer i."""
     cases = [Case("", response, str(index)) for index, response in enumerate(responses)]
-    return await pool.verify("misbehaving", cases)
+    return await pool.verify([MISBEHAVING], cases)
 
 
-def good(reference: float) -> Judgement:
-    return Judgement(reference, {"half": reference / 2})
+def good(answer: float) -> Judgement:
+    return Judgement(answer, {"misbehaving": answer, "misbehaving/half": answer / 2})
 
 
 @pytest.mark.parametrize(
@@ -101,7 +114,7 @@ def good(reference: float) -> Judgement:
         ("spin with a child", "used more than 0.3 s of CPU time"),
         ("spin in C", "used more than 0.3 s of CPU time"),
         ("sleep", "hung: it slept for 1 s"),
-        ("nan", "gave a reward of nan"),
+        ("nan", "raised ValueError: misbehaving is nan"),
         ("text", "raised ValueError: could not convert string to float: 'much'"),
     ],
 )
@@ -125,13 +138,15 @@ async def test_a_verifier_that_closes_every_file_costs_one_response(pool: Verifi
 
 async def test_many_short_responses_take_well_under_a_tenth_of_a_second() -> None:
     pool = VerifierPool()
-    case = Case("347*6=", "7642 4628 3620 =2082<end>", "2082")
-    await pool.verify("multiplication", [case])
+    case = Case("347*6=", "7642 4628 3620 =2082", "2082", raw="7642 4628 3620 =2082<end>")
+    judges = [VerifierSpec(name="multiplication")]
+    await pool.verify(judges, [case])
     began = time.perf_counter()
-    judgements = [j for _ in range(64) for j in await pool.verify("multiplication", [case] * 8)]
+    judgements = [j for _ in range(64) for j in await pool.verify(judges, [case] * 8)]
     took_s = time.perf_counter() - began
     await pool.close()
-    assert judgements == [Judgement(1.0, {"correct": 1.0, "formed": 1.0})] * 512
+    parts = {"multiplication": 1.0, "multiplication/formed": 1.0}
+    assert judgements == [Judgement(1.0, parts)] * 512
     assert took_s < 0.1
 
 
@@ -229,3 +244,26 @@ def test_a_worker_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ("unloadable", "loading it raised ImportError: no such module"),
+        ("endless", "verifier endless used more than 0.5 s of CPU time"),
+    ],
+)
+async def test_a_verifier_that_cannot_be_loaded_is_told_before_any_response(
+    label: str, why: str
+) -> None:
+    pool = VerifierPool(command=(sys.executable, str(Path(__file__))), load_limit_s=0.5)
+    broken = VerifierSpec(name="regex", pattern="", label=label)
+    with pytest.raises(InvalidField) as raised:
+        await pool.load("task.verifier", [broken])
+    await pool.load("task.verifier", [MISBEHAVING])
+    faults = [j.fault for j in await pool.verify([broken], [Case("", "a", "1")] * 2)]
+    await pool.close()
+    assert str(raised.value) == (
+        f"task.verifier: 'regex' is not valid; valid: one that the collector can load: {why}"
+    )
+    assert faults == [why] * 2

@@ -82,6 +82,8 @@ def engine_lacks(spec: RunSpec, capabilities: Capabilities) -> Iterator[InvalidF
         yield InvalidField(
             "rollout.group_size", spec.rollout.group_size, f"2 to {can.max_group_size}"
         )
+    if spec.evaluation.every and spec.evaluation.k > can.max_group_size:
+        yield InvalidField("evaluation.k", spec.evaluation.k, f"1 to {can.max_group_size}")
     largest = max(map(len, spec.cohorts(spec.slots_per_lap))) * spec.rollout.group_size
     if can.deterministic and largest > can.max_cohort_sequences:
         yield InvalidField(

@@ -114,9 +114,7 @@ def tell(job: Job, rows: list[Row], out: Path, console: Console, *, seconds: flo
             f"last tenth {found.reward_last:.3f} ({found.reward_last - found.reward_first:+.3f})"
         )
     if found.accuracy_first is not None and found.accuracy_last is not None:
-        lines.append(
-            f"Held-out accuracy {found.accuracy_first:.3f} -> {found.accuracy_last:.3f} (greedy)"
-        )
+        lines.append(f"Held-out accuracy {found.accuracy_first:.3f} -> {found.accuracy_last:.3f}")
     if found.steps:
         lines.append(found.replay)
     lines.append(f"Report  {out / REPORT}")

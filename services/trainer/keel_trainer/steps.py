@@ -94,7 +94,13 @@ class MiniBatch:
             )
             for cut in cuts
         ]
-        row = _data_row(groups, everything, sequences, trainer_version)
+        row = _data_row(
+            groups,
+            everything,
+            sequences,
+            trainer_version,
+            [verifier.part for verifier in spec.task.verifiers],
+        )
         return cls(
             micros=micros,
             denominator=loss_denominator(
@@ -302,6 +308,7 @@ def _data_row(
     everything: Sequence[TrainSequence],
     valid: Sequence[TrainSequence],
     trainer_version: int,
+    verifiers: Sequence[str],
 ) -> Row:
     lengths = [s.response_length for s in everything]
     lags = [trainer_version - s.policy_versions_R for s in valid]
@@ -309,6 +316,7 @@ def _data_row(
     trained = [group for group in rewards if group]
     return {
         "reward/mean": _mean([reward for group in trained for reward in group]),
+        **_reward_parts(valid, verifiers),
         "response/length_mean": _mean(lengths),
         "response/truncated": _mean([s.truncated for s in everything]),
         "groups/zero_advantage": _mean([len(set(group)) == 1 for group in trained]),
@@ -318,6 +326,15 @@ def _data_row(
         "tokens/prompt": sum(s.prompt_length for s in everything),
         "tokens/response": sum(lengths),
     }
+
+
+def _reward_parts(valid: Sequence[TrainSequence], verifiers: Sequence[str]) -> Row:
+    """Means of the parts that responses have; a verifier's own is there in every row."""
+    values: dict[str, list[float]] = {part: [] for part in verifiers}
+    for sequence in valid:
+        for part, value in sequence.reward_parts.items():
+            values.setdefault(part, []).append(value)
+    return {f"reward/part/{part}": _mean(values[part]) for part in sorted(values)}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 from keel.record import RunRecord
 from keel_gateway import transitions
 from keel_gateway.admission import engines_lack, model_lacks
+from keel_gateway.data_checks import data_lacks
 from keel_gateway.problems import Refused, responses
 from keel_gateway.routers.dependencies import (
     RegistryDep,
@@ -74,7 +75,8 @@ async def submit(
 ) -> Job:
     """Takes a RunSpec, as JSON or TOML, and queues it.
 
-    A spec that no known engine can do is refused (422), naming for each engine what it lacks. While
+    A spec that no known engine can do is refused (422), naming for each engine what it lacks; so is
+    one whose data files, where they can be seen from here, have a fault in their first lines. While
     no engine is known, every valid spec is taken, and `reason` says what it waits for.
     """
     known = {
@@ -82,7 +84,7 @@ async def submit(
         for engine in registry.engines.values()
         if engine.capabilities is not None
     }
-    lacks = model_lacks(spec) + engines_lack(spec, known)
+    lacks = model_lacks(spec) + engines_lack(spec, known) + await data_lacks(spec)
     if lacks:
         raise Refused(lacks)
     record = await store.create(spec)

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from keel import codec
+from keel.spec import VerifierSpec
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.plan import Slot
 from keel_rollout.collector.responses import Response
-from keel_rollout.collector.tasks.base import Problem
+from keel_rollout.collector.tasks.base import Case, Problem
 from keel_rollout.collector.telemetry import (
     INVALID_RESPONSES,
     VERIFIER_FAULTS,
     VERIFIER_SECONDS,
 )
 from keel_rollout.collector.text import TextCodec
-from keel_rollout.collector.verify import Case, Judgement, VerifierPool
+from keel_rollout.collector.verify import Judgement, VerifierPool
 
 LEAST_VALID = 2
 """A group's mean needs two."""
@@ -25,19 +26,26 @@ LEAST_VALID = 2
 
 async def judge(
     pool: VerifierPool,
-    verifier: str,
+    verifiers: Sequence[VerifierSpec],
     problem: Problem,
     responses: Sequence[Response],
     text: TextCodec,
 ) -> list[Judgement]:
     """A judgement for each response; one with a fault of its own keeps that and is not verified."""
     cases = [
-        Case(problem.prompt, text.response_text(response.token_ids_R), problem.reference)
+        Case(
+            problem.prompt,
+            text.clean_text(response.token_ids_R),
+            answer=problem.answer,
+            finished=text.finished(response.token_ids_R),
+            raw=text.response_text(response.token_ids_R),
+            fields=problem.fields,
+        )
         for response in responses
         if not response.fault
     ]
     with VERIFIER_SECONDS.time():
-        judgements = await pool.verify(verifier, cases)
+        judgements = await pool.verify(verifiers, cases)
     VERIFIER_FAULTS.inc(sum(bool(judgement.fault) for judgement in judgements))
     INVALID_RESPONSES.inc(len(responses) - len(cases))
     verdicts = iter(judgements)

@@ -15,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from keel.errors import InvalidField
+from keel.spec import is_custom_verifier
 from keel.telemetry import FLAG, HELP, serve_metrics
 from keel_rollout.collector.follow import Follower
 from keel_rollout.collector.verify import VerifierPool
@@ -44,17 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         serve_metrics(options.metrics)
     except InvalidField as error:
         _parser().error(str(error))
-    asyncio.run(serve(options.redis, verifier_workers=options.verifier_workers))
+    asyncio.run(
+        serve(options.redis, verifier_workers=options.verifier_workers, verifiers=options.verifiers)
+    )
 
 
-async def serve(redis_url: str, *, verifier_workers: int) -> None:
+async def serve(redis_url: str, *, verifier_workers: int, verifiers: Sequence[str]) -> None:
     """Follows the runs until SIGTERM or SIGINT; then drops what is under way and returns."""
     following = asyncio.current_task()
     assert following is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, following.cancel)
     client = connect(redis_url)
-    pool = VerifierPool(verifier_workers)
+    pool = VerifierPool(verifier_workers, allowed=verifiers)
     log.info("following the runs in Redis, %d verifier workers", verifier_workers)
     try:
         with contextlib.suppress(asyncio.CancelledError):
@@ -105,6 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{HELP} [KEEL_COLLECTOR_METRICS] (now: off)",
     )
     parser.add_argument(
+        "--verifiers",
+        metavar="MODULE:FUNCTION,...",
+        type=_verifiers,
+        default=os.environ.get("KEEL_VERIFIERS", ""),
+        help="functions of your own that jobs may name as verifiers, importable here; nothing else "
+        "is ever imported for a job [KEEL_VERIFIERS] (now: %(default)s)",
+    )
+    parser.add_argument(
         "--log-level",
         metavar="LEVEL",
         type=_log_level,
@@ -118,6 +129,14 @@ def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: 1 and above")
     return int(text)
+
+
+def _verifiers(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not is_custom_verifier(name):
+            raise argparse.ArgumentTypeError(f"{name!r} is not valid; valid: module:function")
+    return names
 
 
 def _log_level(text: str) -> str:

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from keel import codec
+from keel.errors import InvalidField
 from keel.seeds import derive_seed
 from keel.spec import COHORT_SEQUENCES, RunSpec
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector.tasks.base import Problem, Task
+from keel_rollout.collector.data import Evaluated, RunData
+from keel_rollout.collector.tasks.base import Problem
 from keel_rollout.collector.text import TextCodec
 
 
@@ -42,14 +44,17 @@ class Cohort:
 class Plan:
     """Everything that a run asks for, whenever it is asked for."""
 
-    def __init__(self, run: str, spec: RunSpec, task: Task, text: TextCodec) -> None:
-        self._run, self._spec, self._task, self._text = run, spec, task, text
+    def __init__(self, run: str, spec: RunSpec, data: RunData, text: TextCodec) -> None:
+        self._run, self._spec, self._data, self._text = run, spec, data, text
 
     def lap_slots(self, attempt: int, lap: int) -> list[Slot]:
         """The training prompts of a lap, in slot order."""
+        first = lap * self._spec.slots_per_lap
         return [
             self._slot(
-                self._task.training_problem(self._seed(attempt, "prompt", lap, slot)),
+                self._data.task.training_problem(
+                    self._seed(attempt, "prompt", lap, slot), first + slot
+                ),
                 sequence_pb2.SlotId(run=self._run, attempt=attempt, lap=lap, slot=slot),
                 seed=self._seed(attempt, "group", lap, slot),
             )
@@ -63,34 +68,49 @@ class Plan:
             for number, places in enumerate(self._spec.cohorts(len(slots)))
         ]
 
-    def evaluation_slots(self, attempt: int, version: int) -> list[Slot]:
-        """The held-out prompts of the run, the same at every version."""
+    def evaluation_slots(self, evaluated: Evaluated, attempt: int, version: int) -> list[Slot]:
+        """The prompts of an evaluation set, the same at every version."""
+        mine = (evaluated.name,) if evaluated.own_seeds else ()
         return [
             self._slot(
-                self._task.held_out_problem(self._seed("held-out", index)),
+                evaluated.problem(self._seed("held-out", *mine, index), index),
                 sequence_pb2.SlotId(run=self._run, attempt=attempt, lap=version, slot=index),
-                seed=self._seed(attempt, "evaluation", version, index),
+                seed=self._seed(attempt, "evaluation", *mine, version, index),
             )
-            for index in range(self._spec.evaluation.samples)
+            for index in range(evaluated.size)
         ]
 
-    def evaluation_cohorts(self, attempt: int, version: int, slots: Sequence[Slot]) -> list[Cohort]:
-        """Cuts those held-out prompts that are to be generated, one sequence each."""
-        size = COHORT_SEQUENCES
+    def evaluation_cohorts(
+        self, evaluated: Evaluated, attempt: int, version: int, slots: Sequence[Slot]
+    ) -> list[Cohort]:
+        """Cuts those prompts of a set that are to be generated, k sequences each."""
+        size = max(1, COHORT_SEQUENCES // self._spec.evaluation.k)
+        mine = f"/{evaluated.name}" if evaluated.own_seeds else ""
         return [
-            Cohort(f"{attempt}/{version}/evaluation/{begin // size}", slots[begin : begin + size])
+            Cohort(
+                f"{attempt}/{version}/evaluation{mine}/{begin // size}",
+                slots[begin : begin + size],
+            )
             for begin in range(0, len(slots), size)
         ]
 
     def demonstrations(self, attempt: int, step: int) -> sequence_pb2.Envelope:
         """The batch of one supervised step."""
         batch = sequence_pb2.DemonstrationBatch()
-        for index in range(self._spec.cold_start.batch_size):
-            prompt, response = self._task.demonstration(
-                self._seed(attempt, "demonstration", step, index)
+        size = self._spec.cold_start.batch_size
+        for index in range(size):
+            prompt, response = self._data.task.demonstration(
+                self._seed(attempt, "demonstration", step, index), step * size + index
             )
             prompt_ids_P = self._text.prompt_ids(prompt)
             token_ids_T = np.concatenate([prompt_ids_P, self._text.response_ids(response)])
+            most = self._text.most_tokens
+            if most is not None and len(token_ids_T) > most:
+                raise InvalidField(
+                    "cold_start.dataset",
+                    f"prompt and response of {len(token_ids_T)} tokens: {response[:80]}",
+                    f"up to {most} tokens, the model's positions",
+                )
             batch.demonstrations.add(
                 token_ids=codec.to_tensor(token_ids_T), prompt_length=len(prompt_ids_P)
             )
@@ -101,4 +121,6 @@ class Plan:
         return derive_seed(self._spec.seed, *path)
 
     def _slot(self, problem: Problem, place: sequence_pb2.SlotId, seed: int) -> Slot:
-        return Slot(place, problem, self._text.prompt_ids(problem.prompt), seed)
+        return Slot(
+            place, problem, self._text.prompt_ids(problem.prompt, problem.where or "prompt"), seed
+        )

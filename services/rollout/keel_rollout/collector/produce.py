@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import numpy as np
+import numpy.typing as npt
 import redis.asyncio
 
 from keel import metrics
@@ -14,6 +16,7 @@ from keel.spec import COHORT_SEQUENCES, RunSpec
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.assemble import group_envelope, judge, void_envelope
 from keel_rollout.collector.backoff import insist
+from keel_rollout.collector.data import Evaluated, RunData
 from keel_rollout.collector.engine_client import EngineModel
 from keel_rollout.collector.plan import Cohort, Plan, Slot
 from keel_rollout.collector.responses import Response
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 DEMONSTRATIONS_OUTSTANDING = 256
 """Most batches in the stream: the trainer lags by this much at most."""
 _ROOM_POLL_S = 0.05
+_SUM_ROUNDING = 1e-6
+"""A weighted sum of verifiers that should be 1 may come out as 0.9999999999999999."""
 
 
 class Producer:
@@ -39,12 +44,13 @@ class Producer:
         spec: RunSpec,
         *,
         client: redis.asyncio.Redis,
+        data: RunData,
         plan: Plan,
         text: TextCodec,
         sender: Sender,
         pool: VerifierPool,
     ) -> None:
-        self._run, self._spec, self._redis = run, spec, client
+        self._run, self._spec, self._redis, self._data = run, spec, client, data
         self._plan, self._text, self._sender, self._pool = plan, text, sender, pool
         self._groups = SlotStream(client, groups_key(run), run)
         self._demos = SlotStream(client, demos_key(run), run)
@@ -65,44 +71,57 @@ class Producer:
         log.info("run %s: demonstrations are out, from step %d on", self._run, first)
 
     async def evaluate(self, attempt: int, version: int) -> None:
-        """Greedy accuracy of a version on the held-out prompts, once, if one is due."""
+        """Rewards of a version on every evaluation set, once, if they are due."""
         step = version * self._spec.recipe.off_policiness
         if step not in self._spec.evaluated_steps():
             return
         key, field = metrics_key(self._run), metrics.evaluation_field(attempt, step)
         if await insist(f"run {self._run}", lambda: self._redis.hexists(key, field)):
             return
+        row: metrics.Row = {"step": step}
+        for evaluated in self._data.sets:
+            rewards = await self._rewards(evaluated, attempt, version)
+            row |= evaluation_columns(evaluated.name, rewards, self._spec.evaluation.pass_reward)
+            row.setdefault("accuracy/eval", row[f"eval/{evaluated.name}/avg@{rewards.shape[1]}"])
+        encoded = metrics.encode_row(row)
+        await insist(f"run {self._run}", lambda: self._redis.hset(key, field, encoded))
+        EVALUATIONS.inc()
+        log.info("run %s: after step %d %s", self._run, step, encoded)
+
+    async def _rewards(
+        self, evaluated: Evaluated, attempt: int, version: int
+    ) -> npt.NDArray[np.float64]:
+        """[prompts, k]: the rewards of a set; 0 where there is none to be had."""
+        asked = self._spec.evaluation
         model = await self._sender.model()
-        model.check(group_size=1, cohort_sequences=COHORT_SEQUENCES)
-        rewards: dict[int, float] = {}
+        model.check(group_size=asked.k, cohort_sequences=max(COHORT_SEQUENCES, asked.k))
+        rewards_NK = np.zeros((evaluated.size, asked.k))
 
         async def take(slot: Slot, responses: list[Response], _: float, __: str) -> None:
-            (judgement,) = await judge(
-                self._pool, self._spec.task.verifier, slot.problem, responses, self._text
+            judgements = await judge(
+                self._pool, evaluated.verifiers, slot.problem, responses, self._text
             )
-            rewards[slot.id.slot] = 0.0 if judgement.fault else judgement.reward
+            rewards_NK[slot.id.slot] = [0.0 if j.fault else j.reward for j in judgements]
 
-        slots = self._plan.evaluation_slots(attempt, version)
-        fitting = [slot for slot in slots if not self._too_long(slot, model)]
+        max_tokens = self._spec.evaluation_max_tokens
+        slots = self._plan.evaluation_slots(evaluated, attempt, version)
+        fitting = [slot for slot in slots if not _too_long(slot, model, max_tokens)]
         if len(fitting) < len(slots):
             log.warning(
-                "run %s: %d held-out prompts are too long and count as wrong",
+                "run %s: %d prompts of evaluation set %s are too long and count as wrong",
                 self._run,
                 len(slots) - len(fitting),
+                evaluated.name,
             )
         await self._sender.send(
-            self._plan.evaluation_cohorts(attempt, version, fitting),
+            self._plan.evaluation_cohorts(evaluated, attempt, version, fitting),
             take,
-            num_samples=1,
-            sampling=self._sampling(temperature=0.0),
+            num_samples=asked.k,
+            sampling=self._sampling(asked.temperature, max_tokens, top_p=asked.top_p),
             purpose=pb.PURPOSE_EVALUATION,
             policy_version=version,
         )
-        accuracy = sum(rewards.values()) / len(slots)
-        row = metrics.encode_row({"step": step, "accuracy/eval": accuracy})
-        await insist(f"run {self._run}", lambda: self._redis.hset(key, field, row))
-        EVALUATIONS.inc()
-        log.info("run %s: accuracy %.3f after step %d", self._run, accuracy, step)
+        return rewards_NK
 
     async def produce_lap(self, attempt: int, lap: int) -> None:
         """Adds the envelope of every slot of the lap that has none yet."""
@@ -112,13 +131,14 @@ class Producer:
             group_size=self._spec.rollout.group_size,
             cohort_sequences=max(COHORT_SEQUENCES, self._spec.rollout.group_size),
         )
+        max_tokens = self._spec.rollout.max_tokens
         fitting: list[Slot] = []
         for slot in self._plan.lap_slots(attempt, lap):
-            if reason := self._too_long(slot, model):
+            if reason := _too_long(slot, model, max_tokens):
                 await self._add(void_envelope(slot, reason))
             else:
                 fitting.append(slot)
-        sampling = self._sampling(temperature=self._spec.rollout.temperature)
+        sampling = self._sampling(self._spec.rollout.temperature, max_tokens)
 
         async def take(
             slot: Slot, responses: list[Response], generate_s: float, engine: str
@@ -126,7 +146,7 @@ class Producer:
             if await self._has(slot):
                 return  # came with an earlier try
             judgements = await judge(
-                self._pool, self._spec.task.verifier, slot.problem, responses, self._text
+                self._pool, self._spec.task.verifiers, slot.problem, responses, self._text
             )
             await self._add(
                 group_envelope(
@@ -152,21 +172,14 @@ class Producer:
         await self._groups.add(envelope)
         SLOTS.labels(envelope.WhichOneof("payload")).inc()
 
-    def _sampling(self, *, temperature: float) -> sequence_pb2.SamplingParams:
+    def _sampling(
+        self, temperature: float, max_tokens: int, *, top_p: float = 1.0
+    ) -> sequence_pb2.SamplingParams:
         return sequence_pb2.SamplingParams(
             temperature=temperature,
-            max_tokens=self._spec.rollout.max_tokens,
+            max_tokens=max_tokens,
             stop_token_ids=self._text.end_ids,
-        )
-
-    def _too_long(self, slot: Slot, model: EngineModel) -> str:
-        needed = len(slot.prompt_ids_P) + self._spec.rollout.max_tokens
-        limit = model.signature.max_sequence_tokens
-        if needed <= limit:
-            return ""
-        return (
-            f"prompt of {len(slot.prompt_ids_P)} tokens + max_tokens "
-            f"{self._spec.rollout.max_tokens} = {needed}; the model takes {limit}"
+            top_p=top_p if top_p < 1 else None,
         )
 
     async def _has(self, slot: Slot) -> bool:
@@ -175,3 +188,29 @@ class Producer:
 
     async def _complete(self, cohort: Cohort) -> bool:
         return all([await self._has(slot) for slot in cohort.slots])
+
+
+def evaluation_columns(
+    name: str, rewards_NK: npt.NDArray[np.float64], pass_reward: float
+) -> metrics.Row:
+    """avg@k, the mean reward, and pass@k, the share of prompts with a right response among k.
+
+    With as many samples as k, that share is the unbiased estimate of 2107.03374, eq (1).
+    """
+    right_N = (rewards_NK >= pass_reward - _SUM_ROUNDING).any(axis=1)
+    k = rewards_NK.shape[1]
+    return {
+        f"eval/{name}/avg@{k}": float(rewards_NK.mean()),
+        f"eval/{name}/pass@{k}": float(right_N.mean()),
+    }
+
+
+def _too_long(slot: Slot, model: EngineModel, max_tokens: int) -> str:
+    needed = len(slot.prompt_ids_P) + max_tokens
+    limit = model.signature.max_sequence_tokens
+    if needed <= limit:
+        return ""
+    return (
+        f"prompt of {len(slot.prompt_ids_P)} tokens + max_tokens {max_tokens} = {needed}; the "
+        f"model takes {limit}"
+    )

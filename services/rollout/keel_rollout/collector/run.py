@@ -1,5 +1,6 @@
 """One run, from its first record to its last: what its record asks for is done, again and again.
 
+    a trainer leased               data files opened and checked, verifiers loaded
     artifact set, no version yet   demonstrations of the cold start
     version v                      evaluation of v if due, then lap v
 
@@ -15,14 +16,16 @@ from pathlib import Path
 
 import redis.asyncio
 
-from keel.errors import KeelError
-from keel.queue import run_key
+from keel import codec
+from keel.errors import DatasetError, KeelError
+from keel.queue import data_key, run_key
 from keel.record import RunRecord, pack_fields
+from keel.spec import RunSpec, VerifierSpec
 from keel_rollout.collector.backoff import insist
+from keel_rollout.collector.data import RunData
 from keel_rollout.collector.plan import Plan
 from keel_rollout.collector.produce import Producer
 from keel_rollout.collector.sender import Sender
-from keel_rollout.collector.tasks.registry import make_task
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
 
@@ -73,20 +76,38 @@ async def collect(watched: Watched, client: redis.asyncio.Redis, pool: VerifierP
 async def _work(
     watched: Watched, client: redis.asyncio.Redis, pool: VerifierPool, sender: Sender
 ) -> None:
-    record = await watched.until(lambda record: bool(record.artifact))
-    text = TextCodec.from_artifact(Path(record.artifact))
-    producer = Producer(
-        record.run,
-        record.spec,
-        client=client,
-        plan=Plan(record.run, record.spec, make_task(record.spec.task), text),
-        text=text,
-        sender=sender,
-        pool=pool,
-    )
+    record = await watched.until(lambda record: bool(record.trainer or record.artifact))
+    run, spec = record.run, record.spec
+    for field, verifiers in judges(spec).items():
+        await pool.load(field, verifiers)
+    data = await asyncio.to_thread(RunData, spec)
+    try:
+        log.info("run %s: %s", run, data.told())
+        record = await watched.until(lambda record: bool(record.artifact))
+        text = TextCodec.from_artifact(Path(record.artifact), spec.model.chat_template)
+        for problem in data.examples():
+            text.check(problem)
+        await check_same(run, spec, data, text, client)
+        producer = Producer(
+            run,
+            spec,
+            client=client,
+            data=data,
+            plan=Plan(run, spec, data, text),
+            text=text,
+            sender=sender,
+            pool=pool,
+        )
+        await _follow(watched, producer)
+    finally:
+        data.close()
+
+
+async def _follow(watched: Watched, producer: Producer) -> None:
+    """Does the work of each place that the record comes to, until cancelled."""
     while True:
         place = _place(watched.record)
-        log.info("run %s: attempt %d, version %s", record.run, *place)
+        log.info("run %s: attempt %d, version %s", watched.record.run, *place)
         work = asyncio.create_task(_produce(producer, watched.record))
         moved = asyncio.create_task(watched.until(lambda r, place=place: _place(r) != place))  # type: ignore[misc]
         try:
@@ -106,6 +127,34 @@ async def _produce(producer: Producer, record: RunRecord) -> None:
     await producer.evaluate(record.attempt, record.policy_version)
     if record.policy_version < record.spec.laps:
         await producer.produce_lap(record.attempt, record.policy_version)
+
+
+def judges(spec: RunSpec) -> dict[str, tuple[VerifierSpec, ...]]:
+    """Verifiers that the run needs, by the job's key."""
+    sets = enumerate(spec.evaluation_sets)
+    return {"task.verifier": spec.task.verifiers} | {
+        f"evaluation.sets.{index}.verifier": each.verifier for index, each in sets if each.verifier
+    }
+
+
+async def check_same(
+    run: str, spec: RunSpec, data: RunData, text: TextCodec, client: redis.asyncio.Redis
+) -> None:
+    """DatasetError if a data file, or the chat template, is not what the run began with."""
+    key = data_key(run)
+    hashes = data.hashes()
+    if text.template is not None:
+        hashes["model.chat_template"] = f"{codec.xxh3(text.template.source.encode()):016x}"
+    for field, found in hashes.items():
+        await insist(f"run {run}", lambda f=field, x=found: client.hsetnx(key, f, x))  # type: ignore[misc]
+        began = await insist(f"run {run}", lambda f=field: client.hget(key, f))  # type: ignore[misc]
+        if began != found.encode():
+            raise DatasetError(
+                field,
+                data.path(field) or "template",
+                "it is not what the run began with, and what was trained on would not be what is "
+                "in it; valid: the file as it was, or a new job",
+            )
 
 
 def _place(record: RunRecord) -> tuple[int, int | None]:

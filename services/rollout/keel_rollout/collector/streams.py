@@ -31,8 +31,9 @@ class SlotKey(NamedTuple):
 class SlotStream:
     """One stream of one run. There is one producer, so what it has added needs no second look.
 
-    After a start, and after an XADD whose reply was lost, the stream is read to see what is there.
-    The trainer makes the stream and, when the run is over, deletes it: an XADD never makes it anew.
+    After a start, and after an XADD that was cancelled or whose reply was lost, the stream is read
+    to see what is there. The trainer makes the stream and, when the run is over, deletes it: an
+    XADD never makes it anew.
     """
 
     def __init__(self, client: redis.asyncio.Redis, key: str, run: str) -> None:
@@ -64,6 +65,9 @@ class SlotStream:
             try:
                 async with self._adding, asyncio.timeout(REDIS_TIMEOUT_S):
                     entry = await self._redis.xadd(self._key, fields, nomkstream=True)  # type: ignore[arg-type]
+            except asyncio.CancelledError:
+                self._in_doubt = True  # it may have arrived
+                raise
             except Exception as error:
                 if not passes(error):
                     raise

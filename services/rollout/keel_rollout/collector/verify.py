@@ -16,15 +16,18 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
+
+from keel.errors import InvalidField
+from keel.spec import VerifierSpec
+from keel_rollout.collector.tasks.base import Case
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +41,6 @@ _KILLS = 5
 """A response is judged again this often after its worker was killed from outside; then the response
 is taken to be the cause (out of memory, say)."""
 _FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One response to judge (see `tasks.base.Verifier`)."""
-
-    prompt: str
-    response: str
-    reference: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,43 +61,84 @@ class _Failed(Exception):
     """The verifier ended the worker; the message says how."""
 
 
+_LOAD = Case("", "")
+"""Stands for no response: the verifiers are loaded, and judge nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Seconds; see `VerifierPool`."""
+
+    cpu_s: float
+    load_s: float
+    sleep_s: float
+    stop_s: float
+
+
 class VerifierPool:
     """Judges responses in `workers` processes, each started when it is first needed.
 
     Example:
         pool = VerifierPool()
-        await pool.verify("multiplication", [Case("2*3=", "=6<end>", "6")])
-        -> [Judgement(reward=1.0, parts={"correct": 1.0, "formed": 1.0}, fault="")]
+        await pool.verify([VerifierSpec(name="exact")], [Case("2*3=", "6", answer="6")])
+        -> [Judgement(reward=1.0, parts={"exact": 1.0}, fault="")]
     """
 
     def __init__(
         self,
         workers: int = 1,
         *,
+        allowed: Collection[str] = (),
         command: Sequence[str] = WORKER,
         cpu_limit_s: float = 2.0,
+        load_limit_s: float = 60.0,
         sleep_limit_s: float = 30.0,
         stop_limit_s: float = 5.0,
     ) -> None:
         """
         Args:
+            allowed: names module:function that jobs may ask for; the code is the operator's.
             command: starts a worker that speaks `verify_worker`'s lines.
             cpu_limit_s: CPU seconds of one response.
+            load_limit_s: CPU seconds of importing verifiers.
             sleep_limit_s: seconds that a verifier may sleep on one response without using any CPU.
             stop_limit_s: seconds after which a stopped worker is replaced.
         """
-        self._workers = [
-            _Worker(command, cpu_limit_s, sleep_limit_s, stop_limit_s) for _ in range(workers)
-        ]
+        self._allowed = frozenset(allowed)
+        limits = _Limits(cpu_limit_s, load_limit_s, sleep_limit_s, stop_limit_s)
+        self._workers = [_Worker(command, limits) for _ in range(workers)]
         self._idle: asyncio.Queue[_Worker] = asyncio.Queue()
         for worker in self._workers:
             self._idle.put_nowait(worker)
 
-    async def verify(self, verifier: str, cases: Sequence[Case]) -> list[Judgement]:
-        """One judgement for each case, in order."""
+    async def load(self, field: str, verifiers: Sequence[VerifierSpec]) -> None:
+        """Imports what a job asks for, before anything is trained.
+
+        Raises:
+            InvalidField: naming `field`: the operator has not allowed one, or it cannot be loaded.
+        """
+        for verifier in verifiers:
+            if verifier.custom and verifier.name not in self._allowed:
+                allowed = ", ".join(sorted(self._allowed)) or "none now"
+                raise InvalidField(
+                    field,
+                    verifier.name,
+                    f"a built-in verifier, or one that the operator allowed ({allowed}) with the "
+                    "collector's --verifiers or KEEL_VERIFIERS",
+                )
+            (judgement,) = await self.verify([verifier], [_LOAD])
+            if judgement.fault:
+                raise InvalidField(
+                    field, verifier.name, f"one that the collector can load: {judgement.fault}"
+                )
+
+    async def verify(
+        self, verifiers: Sequence[VerifierSpec], cases: Sequence[Case]
+    ) -> list[Judgement]:
+        """One judgement for each case, in order: the weighted sum of the verifiers."""
         worker = await self._idle.get()
         try:
-            return await worker.judge(verifier, cases)
+            return await worker.judge(verifiers, cases)
         except BaseException:
             worker.kill()  # it may be in the middle of an answer
             raise
@@ -117,53 +152,60 @@ class VerifierPool:
 
 
 class _Worker:
-    def __init__(
-        self,
-        command: Sequence[str],
-        cpu_limit_s: float,
-        sleep_limit_s: float,
-        stop_limit_s: float,
-    ) -> None:
-        self._command = command
-        self._cpu_limit_s = cpu_limit_s
-        self._sleep_limit_s = sleep_limit_s
-        self._stop_limit_s = stop_limit_s
+    def __init__(self, command: Sequence[str], limits: _Limits) -> None:
+        self._command, self._limits = command, limits
         self._process: asyncio.subprocess.Process | None = None
 
-    async def judge(self, verifier: str, cases: Sequence[Case]) -> list[Judgement]:
+    async def judge(
+        self, verifiers: Sequence[VerifierSpec], cases: Sequence[Case]
+    ) -> list[Judgement]:
         judgements: list[Judgement] = []
+        named = "+".join(verifier.part for verifier in verifiers)
         kills = 0
         while len(judgements) < len(cases):
             before = len(judgements)
             try:
-                await self._judge(verifier, cases, judgements)
+                await self._judge(verifiers, cases, judgements)
             except _Failed as failure:
-                log.warning("verifier %s failed: %s", verifier, failure)
-                judgements.append(Judgement(fault=f"verifier {verifier} {failure}"))
+                log.warning("verifier %s failed: %s", named, failure)
+                judgements.append(Judgement(fault=f"verifier {named} {failure}"))
             except _Disturbed as disturbance:
                 kills = 1 if len(judgements) > before else kills + 1
                 log.warning("verifier worker %s; its response is judged again", disturbance)
                 if kills > _KILLS:
-                    fault = f"verifier {verifier}: its worker {disturbance}, {kills} times"
+                    fault = f"verifier {named}: its worker {disturbance}, {kills} times"
                     judgements.append(Judgement(fault=fault))
         return judgements
 
     async def _judge(
-        self, verifier: str, cases: Sequence[Case], judgements: list[Judgement]
+        self,
+        verifiers: Sequence[VerifierSpec],
+        cases: Sequence[Case],
+        judgements: list[Judgement],
     ) -> None:
         """Appends to `judgements` from where they end."""
         process = await self._start()
         assert process.stdin is not None
-        rest = cases[len(judgements) :]
+        left = cases[len(judgements) :]
+        rest = [case for case in left if case is not _LOAD]
         request = {
-            "verifier": verifier,
-            "cpu_limit_s": self._cpu_limit_s,
-            "cases": [[case.prompt, case.response, case.reference] for case in rest],
+            "verifiers": [{**each.model_dump(), "part": each.part} for each in verifiers],
+            "cpu_limit_s": self._limits.cpu_s,
+            "load_limit_s": self._limits.load_s,
+            "cases": [asdict(case) for case in rest],
         }
         # no drain: a worker that was stopped would hold it for ever; reading notices one
         process.stdin.write(json.dumps(request).encode() + b"\n")
+        loaded = await self._answer(process, self._limits.load_s)
+        if "error" in loaded:
+            fault = Judgement(fault=f"loading it raised {loaded['error']}")
+            judgements += [fault] * len(left)
+            return
+        if len(rest) < len(left):
+            judgements.append(Judgement())
         for _ in rest:
-            judgements.append(_judgement(verifier, await self._answer(process)))
+            answer = await self._answer(process, self._limits.cpu_s)
+            judgements.append(_judgement(answer))
 
     async def _start(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
@@ -173,10 +215,13 @@ class _Worker:
                 stdout=asyncio.subprocess.PIPE,
                 limit=_LINE_BYTES,
                 start_new_session=True,  # Ctrl-C is for us, not for it
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's ways follow the order of sets
             )
         return self._process
 
-    async def _answer(self, process: asyncio.subprocess.Process) -> dict[str, Any]:
+    async def _answer(
+        self, process: asyncio.subprocess.Process, cpu_limit_s: float
+    ) -> dict[str, Any]:
         assert process.stdout is not None
         slept_s = stopped_s = 0.0
         while True:
@@ -186,26 +231,28 @@ class _Worker:
                 break
             except TimeoutError:
                 if process.returncode is not None:  # dead, and a child of it has its pipe open
-                    raise await self._death(process) from None
+                    raise await self._death(process, cpu_limit_s) from None
                 state = _state(process.pid)
             except ValueError as error:
                 await self._end(process)
                 raise _Failed(f"answered with more than {_LINE_BYTES} bytes") from error
             slept_s += _TICK_S if state == psutil.STATUS_SLEEPING else 0
             stopped_s += _TICK_S if state in _STOPPED else 0
-            if slept_s >= self._sleep_limit_s:
+            if slept_s >= self._limits.sleep_s:
                 await self._end(process)
-                raise _Failed(f"hung: it slept for {self._sleep_limit_s:g} s")
-            if stopped_s >= self._stop_limit_s:
+                raise _Failed(f"hung: it slept for {self._limits.sleep_s:g} s")
+            if stopped_s >= self._limits.stop_s:
                 await self._end(process)
                 raise _Disturbed("was stopped")
         if not line.endswith(b"\n"):
-            raise await self._death(process)
+            raise await self._death(process, cpu_limit_s)
         answer = json.loads(line)
         assert isinstance(answer, dict), "our own worker's line"
         return answer
 
-    async def _death(self, process: asyncio.subprocess.Process) -> _Failed | _Disturbed:
+    async def _death(
+        self, process: asyncio.subprocess.Process, cpu_limit_s: float
+    ) -> _Failed | _Disturbed:
         """What the end of a worker means."""
         try:
             async with asyncio.timeout(_EXIT_S):
@@ -219,7 +266,7 @@ class _Worker:
             return _Failed(f"ended its process with exit code {code}")
         by = signal.Signals(-code)
         if by == signal.SIGPROF:
-            return _Failed(f"used more than {self._cpu_limit_s:g} s of CPU time")
+            return _Failed(f"used more than {cpu_limit_s:g} s of CPU time")
         if by in _FROM_OUTSIDE:
             return _Disturbed(f"was killed by {by.name}")
         return _Failed(f"crashed with {by.name}")
@@ -256,10 +303,7 @@ def _state(pid: int) -> str:
         return psutil.STATUS_DEAD
 
 
-def _judgement(verifier: str, answer: Mapping[str, Any]) -> Judgement:
+def _judgement(answer: Mapping[str, Any]) -> Judgement:
     if "error" in answer:
-        return Judgement(fault=f"verifier {verifier} raised {answer['error']}")
-    reward = float(answer["reward"])
-    if not math.isfinite(reward):
-        return Judgement(fault=f"verifier {verifier} gave a reward of {reward}")
-    return Judgement(reward, answer["parts"])
+        return Judgement(fault=f"verifier {answer['error']}")
+    return Judgement(answer["reward"], answer["parts"])

@@ -1,10 +1,16 @@
-"""What a task is: prompts, demonstrations, held-out prompts; and what judges its responses."""
+"""What a task is: prompts, demonstrations, held-out prompts; and what judges its responses.
+
+Light: the verifier's worker processes import it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
+
+Prompt = str | list[Mapping[str, Any]]
+"""Text as it is, or chat messages (role, content)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,11 +18,32 @@ class Problem:
     """A prompt, and what its verifier needs to know.
 
     Example:
-        Problem(prompt="347*6=", reference="2082")
+        Problem(prompt="347*6=", answer="2082")
     """
 
-    prompt: str
-    reference: str
+    prompt: Prompt
+    answer: str = ""
+    """Empty if there is none."""
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further fields of its row."""
+    where: str = field(default="", hash=False, compare=False)
+    """Where it stands, for messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One response to judge."""
+
+    prompt: Prompt
+    response: str
+    """For people: no end token, no special token."""
+    answer: str = ""
+    finished: bool = True
+    """The model ended it; False: it was cut off at max_tokens."""
+    raw: str = ""
+    """The response with its special tokens; it ends with `keel.presets.END` if and only if the
+    model ended it."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +52,37 @@ class Verdict:
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=dict)
-    """The reward's parts by name, before weighting."""
+    """What it counts besides, by name; for the metrics alone."""
 
 
 class Task(Protocol):
-    """Where prompts come from. Every method is a function of its seed alone."""
+    """Where prompts come from. Every method is a function of its arguments alone."""
 
-    def training_problem(self, seed: int) -> Problem:
-        """A problem to sample responses to; never one that is held out."""
+    def training_problem(self, seed: int, index: int) -> Problem:
+        """A problem to sample responses to; never one that is held out.
 
-    def held_out_problem(self, seed: int) -> Problem:
-        """A problem for evaluation; never one of training or of a demonstration."""
+        Args:
+            seed: of the place (attempt, lap, slot).
+            index: of the slot among all of the run, from 0: where a file of prompts stands.
+        """
 
-    def demonstration(self, seed: int) -> tuple[str, str]:
+    def held_out_size(self) -> int | None:
+        """How many held-out problems there are; None: as many as one likes."""
+
+    def held_out_problem(self, seed: int, index: int) -> Problem:
+        """A problem for evaluation; never one of training or of a demonstration.
+
+        Args:
+            seed: of the place, index included.
+            index: below `held_out_size()`.
+        """
+
+    def demonstration(self, seed: int, index: int) -> tuple[Prompt, str]:
         """A prompt and the response to imitate, `keel.presets.END` included."""
 
 
 class Verifier(Protocol):
     """Judges responses. It runs in a worker process and may fail there in any way."""
 
-    def verify(self, prompt: str, response: str, reference: str) -> Verdict:
-        """The verdict on one response.
-
-        Args:
-            response: its text, special tokens included; it ends with `keel.presets.END` if and only
-                if the model ended it, so a truncated response shows.
-        """
+    def verify(self, case: Case) -> Verdict:
+        """The verdict on one response."""

@@ -23,7 +23,7 @@ from random import Random
 
 from keel.presets import END
 from keel.seeds import derive_seed
-from keel_rollout.collector.tasks.base import Problem, Verdict
+from keel_rollout.collector.tasks.base import Case, Problem, Prompt, Verdict
 
 WRONG_DIGIT = 0.12
 """Chance that a demonstration writes another digit than it has computed. Copied digits are right,
@@ -48,15 +48,19 @@ class Multiplication:
         """
         self._difficulty = difficulty
 
-    def training_problem(self, seed: int) -> Problem:
+    def training_problem(self, seed: int, index: int) -> Problem:
         """A pair that is not held out; each number of digits is equally likely."""
         return _problem(*self._draw(Random(seed), held_out=False))
 
-    def held_out_problem(self, seed: int) -> Problem:
+    def held_out_size(self) -> int | None:
+        """As many as one likes."""
+        return None
+
+    def held_out_problem(self, seed: int, index: int) -> Problem:
         """A held-out pair; seeds may meet in the same one."""
         return _problem(*self._draw(Random(seed), held_out=True))
 
-    def demonstration(self, seed: int) -> tuple[str, str]:
+    def demonstration(self, seed: int, index: int) -> tuple[Prompt, str]:
         """A prompt and a noisy response."""
         random = Random(seed)
         a, b = self._draw(random, held_out=False)
@@ -77,11 +81,11 @@ class Multiplication:
 class MultiplicationVerifier:
     """Reward 1 if the response has ended and its answer is the product, else 0."""
 
-    def verify(self, prompt: str, response: str, reference: str) -> Verdict:
-        """Parts: `correct`, and `formed`, 1 if there is an answer at all."""
-        answer = _ANSWER.search(response)
-        correct = float(answer is not None and answer.group(1) == reference)
-        return Verdict(correct, {"correct": correct, "formed": float(answer is not None)})
+    def verify(self, case: Case) -> Verdict:
+        """Part: `formed`, 1 if there is an answer at all. Special tokens count as characters."""
+        answer = _ANSWER.search(case.raw)
+        correct = float(answer is not None and answer.group(1) == case.answer)
+        return Verdict(correct, {"formed": float(answer is not None)})
 
 
 def is_held_out(a: int, b: int) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from keel.spec import TaskSpec
+from keel.spec import MULTIPLICATION, TaskSpec
 from keel_rollout.collector.tasks.base import Task
 from keel_rollout.collector.tasks.multiplication import Multiplication
 
 
-def make_task(spec: TaskSpec) -> Task:
-    """The task that a job asks for."""
-    return {"multiplication": Multiplication}[spec.dataset](spec.difficulty)
+def built_in_task(spec: TaskSpec) -> Task:
+    """The task that a job asks for, where it names no file."""
+    return {MULTIPLICATION: Multiplication}[spec.dataset](spec.difficulty)
