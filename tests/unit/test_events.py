@@ -495,6 +495,22 @@ async def test_a_dropped_connection_goes_on_where_it_was(
         assert parameters == {"run": "path", "last-event-id": "header", "last_event_id": "query"}
 
 
+async def test_a_crowd_that_comes_at_once_is_let_in(server: RedisServer) -> None:
+    """Three times as many as redis-py's own pool has connections."""
+    trainer = Trainer(server.url, every=0)
+    trainer.rows(range(1, 3))
+    trainer.write(phase="SUCCEEDED")
+    limits = httpx.Limits(max_connections=300)
+    async with (
+        serving(server.url) as url,
+        httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as http,
+    ):
+        path = f"/v1/jobs/{RUN}/events"
+        answers = await asyncio.gather(*(http.get(path) for _ in range(300)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.text.count("event: metrics") for answer in answers} == {2}
+
+
 async def test_the_client_survives_the_gateway_and_gets_each_event_once(
     server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

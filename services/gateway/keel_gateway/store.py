@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, cast
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import WatchError
@@ -42,16 +42,24 @@ SUFFIX_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
 GATEWAY_FIELDS = ("desired", "trainer", "engines", "fencing_token", "phase", "finished_s", "error")
 """Fields of a record that a transition may change."""
 STEPS_PER_READ = 256
+MOST_CONNECTIONS = 32
+"""To Redis, at once."""
 
 
 def connect(url: str) -> Redis:
-    """A client that gives up within seconds, so that an outage becomes an answer and not a wait."""
-    return Redis.from_url(
+    """A client that gives up within seconds, so that an outage becomes an answer and not a wait.
+
+    A crowd of requests waits for its few connections: redis-py's own pool would refuse the 101st.
+    """
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=MOST_CONNECTIONS,
+        timeout=5,
         socket_timeout=5,
         socket_connect_timeout=2,
         retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 2),
     )
+    return Redis.from_pool(pool)
 
 
 class Store:
