@@ -22,9 +22,9 @@ HEAD = """# The command `keel`
 
 `--json` makes a command write JSON to stdout and nothing else there: the bodies of the REST
 interface where it reads one (`keel jobs --json | jq -r '.jobs[].id'`), a line for each change
-where it watches. An error is then one JSON object on stderr, a problem (RFC 9457) with
-`exit_status`, and `errors` for each faulty field. Colours end where stdout is no terminal, and
-with `NO_COLOR`.
+where it watches. An error is then one JSON object, the last line on stderr: a problem (RFC 9457)
+with `exit_status`, and `errors` for each faulty field. Colours end where stdout is no terminal,
+and with `NO_COLOR`.
 
 | exit status | meaning |
 | --- | --- |

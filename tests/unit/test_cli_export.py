@@ -85,6 +85,17 @@ def test_a_step_without_checkpoint_names_those_that_there_are(
     assert says in result.stderr
 
 
+def test_checkpoints_are_listed(keel: Callable[..., Any], gateway: Gateway) -> None:
+    serve(gateway, (4, 8), phase=Phase.TRAINING, step=9)
+    found = json.loads(keel("checkpoints", "--json").stdout)["checkpoints"]
+    assert [one["step"] for one in found] == [4, 8]
+    said = keel("checkpoints", "first").stdout
+    assert "/nowhere/step-00000008" in said
+    assert said.splitlines()[1].split()[:2] == ["4", "1"]
+    serve(gateway, (), phase=Phase.TRAINING)
+    assert keel("checkpoints").stdout.strip() == "No checkpoint yet"
+
+
 @pytest.mark.parametrize("arguments", [(), ("--step", "4")])
 def test_files_on_another_machine(
     keel: Callable[..., Any], gateway: Gateway, tmp_path: Path, arguments: tuple[str, ...]

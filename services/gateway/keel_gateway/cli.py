@@ -159,6 +159,22 @@ def resume(job: JobName, url: Url = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def checkpoints(job: JobName = LATEST, url: Url = None, as_json: Json = False) -> None:
+    """List a job's checkpoints, the oldest first: steps for keel export."""
+    with GatewayClient(find_url(url)) as client:
+        found = client.checkpoints(client.find(job).id)
+    if as_json:
+        return show_json({"checkpoints": [one.model_dump(mode="json") for one in found]})
+    table = Table("Step", "Version", "Age", "Size", "Folder", box=None, header_style="dim")
+    for one in found:
+        age = duration((datetime.now(UTC) - one.created_at).total_seconds())
+        version = "cold start" if one.policy_version is None else str(one.policy_version)
+        size = f"{one.size_bytes / 1e6:,.1f} MB"
+        table.add_row(str(one.step), version, age, size, escape(one.folder))
+    return out.print(table if found else "No checkpoint yet")
+
+
+@app.command()
 def engines(url: Url = None, as_json: Json = False) -> None:
     """List rollout engines."""
     with GatewayClient(find_url(url)) as client:

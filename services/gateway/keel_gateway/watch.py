@@ -48,7 +48,7 @@ def write_events(views: Iterable[View]) -> Job:
             if told.get(row["step"]) != row:
                 told[row["step"]] = dict(row)  # a view's rows grow in place
                 show_json({"event": "row", "row": row})
-        now = (job.phase, job.desired, job.reason, job.error)
+        now = (job.phase, job.desired, job.paused, job.reason, job.error)
         if now != state:
             state = now
             show_json({"event": "job", "job": job.model_dump(mode="json")})
