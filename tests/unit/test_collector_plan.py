@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -134,3 +135,24 @@ def test_a_wrong_option_is_named(
     with pytest.raises(SystemExit):
         main(arguments)
     assert complaint in capsys.readouterr().err
+
+
+def test_jobs_of_the_built_in_task_keep_their_bits(text: TextCodec) -> None:
+    """Prompts, seeds, cohorts and demonstrations, as they were before there were data files."""
+    spec = make_spec(cold_start={"steps": 3}, evaluation={"every": 2, "samples": 300})
+    plan = make_plan(text, spec)
+    (held_out,) = RunData(spec).sets
+    digest = hashlib.sha256()
+    for attempt in range(2):
+        for lap in range(3):
+            slots = plan.lap_slots(attempt, lap)
+            evaluated = plan.evaluation_slots(held_out, attempt, lap)
+            for slot in [*slots, *evaluated]:
+                digest.update(slot.prompt_ids_P.tobytes() + str(slot.seed).encode())
+                digest.update(slot.id.SerializeToString(deterministic=True))
+            cohorts = plan.lap_cohorts(attempt, lap, slots)
+            for cohort in cohorts + plan.evaluation_cohorts(held_out, attempt, lap, evaluated):
+                digest.update(f"{cohort.id} {len(cohort.slots)}".encode())
+            demonstrations = plan.demonstrations(attempt, lap)
+            digest.update(demonstrations.SerializeToString(deterministic=True))
+    assert digest.hexdigest() == "3b5b8323ec53923455f3927eda18ad246174e7eb720fe11336b4033a6325cbfd"

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from keel.errors import InvalidField, ModelError
 from keel.presets import END, PAD, PRESETS, Preset
 from keel.seeds import derive_seed
-from keel.spec import RunSpec
+from keel.spec import RunSpec, is_template
 from keel_trainer.backends.base import Backend
 
 log = logging.getLogger(__name__)
@@ -81,12 +81,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def save_model(backend: Backend, artifact: Path, folder: Path) -> Path:
-    """Writes the weights as a Hugging Face folder with the artifact's tokenizer; returns it."""
+def save_model(
+    backend: Backend, artifact: Path, folder: Path, *, chat_template: str | None = None
+) -> Path:
+    """Writes the weights as a Hugging Face folder with the artifact's tokenizer; returns it.
+
+    Args:
+        chat_template: the job's own, its text or a path: it goes along, in place of the artifact's.
+    """
     backend.save_pretrained(folder)
     for name in _TOKENIZER_FILES:
         if (artifact / name).is_file():
             shutil.copyfile(artifact / name, folder / name)
+    if chat_template is not None:
+        try:
+            given = is_template(chat_template)
+            text = chat_template if given else Path(chat_template).read_text(encoding="utf-8")
+            (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+        except OSError as error:  # only the collector needs to see it
+            log.warning("model.chat_template is not beside the model: %s", error)
     return folder
 
 

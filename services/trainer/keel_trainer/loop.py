@@ -178,7 +178,12 @@ class TrainingRun:
         while not self._evaluated():
             self._check()
             time.sleep(_PAUSE_POLL_S)
-        model = save_model(self.backend, self.artifact, self.folder / "model")
+        model = save_model(
+            self.backend,
+            self.artifact,
+            self.folder / "model",
+            chat_template=self.spec.model.chat_template,
+        )
         self.store.write(model=model)
         self.publisher.close()
 
