@@ -149,7 +149,7 @@ def test_kills_of_the_collector_change_nothing_in_the_data(
 def test_kills_within_an_evaluation_of_several_sets_change_no_number(
     server: RedisServer, engine: Service, collector: Service, tmp_path: Path
 ) -> None:
-    """Two sets of 100 prompts of a file, 4 sampled responses each: four cohorts."""
+    """Two sets of 120 prompts of a file, 8 sampled responses each: eight cohorts."""
     for name, first in (("d", 0), ("e", 5000)):
         rows = [{"prompt": f"{i}+1=", "answer": str(i % 10)} for i in range(first, first + 3000)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -159,8 +159,9 @@ def test_kills_within_an_evaluation_of_several_sets_change_no_number(
         rollout={"group_size": 16, "max_tokens": 8},
         evaluation={
             "every": 2,
-            "samples": 100,
-            "k": 4,
+            "samples": 120,
+            "k": 8,
+            "max_tokens": 24,
             "temperature": 1.0,
             "sets": [{"name": "held"}, {"name": "own", "dataset": str(tmp_path / "e.jsonl")}],
         },
@@ -171,22 +172,23 @@ def test_kills_within_an_evaluation_of_several_sets_change_no_number(
     rows = []
     with redis.Redis.from_url(server.url) as client:
         write_run(client, spec, artifact, address, policy_version=0, fencing_token=1)
-        for kills in ((), (0.2, 0.6)):
+        for kills in ((), (0.1, 0.4)):
             for seconds in kills:
                 begun = collector.log().count("version 0")
                 collector.start()
                 until(lambda begun=begun: collector.log().count("version 0") > begun)
                 time.sleep(seconds)
                 collector.end(signal.SIGKILL)
+                assert not client.hexists(metrics_key("r"), "0:0:evaluation")
             collector.start()
             until(lambda: client.hexists(metrics_key("r"), "0:0:evaluation"))
-            assert collector.end(signal.SIGTERM) == 0
+            collector.end(signal.SIGKILL)
             rows.append(json.loads(client.hget(metrics_key("r"), "0:0:evaluation")))
             client.delete(metrics_key("r"))
     assert rows[0] == rows[1]
-    assert 0 < rows[0]["eval/held/avg@4"] < 0.1  # chance: one token of 64
-    assert rows[0]["eval/held/avg@4"] != rows[0]["eval/own/avg@4"]
-    assert rows[0]["eval/held/pass@4"] > rows[0]["eval/held/avg@4"]
+    assert 0 < rows[0]["eval/held/avg@8"] < 0.1  # chance: one token of 64
+    assert rows[0]["eval/held/avg@8"] != rows[0]["eval/own/avg@8"]
+    assert rows[0]["eval/held/pass@8"] > rows[0]["eval/held/avg@8"]
 
 
 def check_content(found: list[sequence_pb2.Envelope]) -> None:
