@@ -80,6 +80,27 @@ def test_a_gateway_that_is_not_ready(
     assert "no trainer is healthy: b:1 is away" in said["gateway"]["found"]
 
 
+def test_metrics_of_the_stack_in_this_folder_are_told_and_tried(
+    keel: Callable[..., Any],
+    healthy: Gateway,
+    no_probe: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    metrics = {"engine-0": f"{healthy.url}/metrics", "trainer": "http://127.0.0.1:1/metrics"}
+    state = {"url": healthy.url, "metrics": metrics}
+    (tmp_path / "runs" / "stack.json").write_text(json.dumps(state))
+    healthy.answers["GET", "/metrics"] = "keel_engine_tokens_total 1.0"
+    result = keel("doctor", "--json")
+    told = [c for c in json.loads(result.stdout)["checks"] if c["name"] == "metrics"]
+    assert [check["state"] for check in told] == ["ok", "warn"]
+    assert told[0]["found"] == f"engine-0 {healthy.url}/metrics"
+    assert "runs/logs/trainer.log" in told[1]["remedy"]
+    assert result.exit_code == 0, "a run works without"
+
+
 def test_an_engine_that_is_away_beside_one_that_is_not_is_a_warning(
     found: Callable[..., dict[str, Any]], healthy: Gateway, no_probe: None
 ) -> None:
