@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -143,6 +144,51 @@ def test_kills_of_the_collector_change_nothing_in_the_data(
     assert [e.id.slot for e in disturbed] == list(range(SLOTS))
     assert list(map(without_times, disturbed)) == list(map(without_times, undisturbed))
     check_content(undisturbed)
+
+
+def test_kills_within_an_evaluation_of_several_sets_change_no_number(
+    server: RedisServer, engine: Service, collector: Service, tmp_path: Path
+) -> None:
+    """Two sets of 120 prompts of a file, 8 sampled responses each: eight cohorts."""
+    for name, first in (("d", 0), ("e", 5000)):
+        rows = [{"prompt": f"{i}+1=", "answer": str(i % 10)} for i in range(first, first + 3000)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first_digit = {"name": "regex", "pattern": "^(?P<answer>[0-9])"}
+    spec = make_spec(
+        task={"dataset": str(tmp_path / "d.jsonl"), "verifier": [first_digit]},
+        rollout={"group_size": 16, "max_tokens": 8},
+        evaluation={
+            "every": 2,
+            "samples": 120,
+            "k": 8,
+            "max_tokens": 24,
+            "temperature": 1.0,
+            "sets": [{"name": "held"}, {"name": "own", "dataset": str(tmp_path / "e.jsonl")}],
+        },
+    )
+    artifact = prepare_artifact(SPEC, tmp_path / "base")
+    address = address_of(engine)
+    publish(artifact, address)
+    rows = []
+    with redis.Redis.from_url(server.url) as client:
+        write_run(client, spec, artifact, address, policy_version=0, fencing_token=1)
+        for kills in ((), (0.1, 0.4)):
+            for seconds in kills:
+                begun = collector.log().count("version 0")
+                collector.start()
+                until(lambda begun=begun: collector.log().count("version 0") > begun)
+                time.sleep(seconds)
+                collector.end(signal.SIGKILL)
+                assert not client.hexists(metrics_key("r"), "0:0:evaluation")
+            collector.start()
+            until(lambda: client.hexists(metrics_key("r"), "0:0:evaluation"))
+            collector.end(signal.SIGKILL)
+            rows.append(json.loads(client.hget(metrics_key("r"), "0:0:evaluation")))
+            client.delete(metrics_key("r"))
+    assert rows[0] == rows[1]
+    assert 0 < rows[0]["eval/held/avg@8"] < 0.1  # chance: one token of 64
+    assert rows[0]["eval/held/avg@8"] != rows[0]["eval/own/avg@8"]
+    assert rows[0]["eval/held/pass@8"] > rows[0]["eval/held/avg@8"]
 
 
 def check_content(found: list[sequence_pb2.Envelope]) -> None:

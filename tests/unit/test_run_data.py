@@ -141,6 +141,23 @@ def test_demonstrations_from_a_file(tmp_path: Path, text: TextCodec) -> None:
     assert seen == Counter({f"{i}+1={i + 1}<end>": 2 for i in range(6)})
 
 
+def test_a_demonstration_longer_than_the_model_is_refused_by_line(
+    tmp_path: Path, text: TextCodec
+) -> None:
+    rows = [{"prompt": "1=", "response": "1"}, {"prompt": "2=", "response": "2" * 10}]
+    cold = {"steps": 1, "batch_size": 2, "dataset": write(tmp_path / "c.jsonl", rows)}
+    data = RunData(spec_of(tmp_path, problems(9), cold_start=cold))
+    text.most_tokens = 13
+    data.check(text)
+    text.most_tokens = 12
+    with pytest.raises(DatasetError) as raised:
+        data.check(text)
+    assert str(raised.value) == (
+        f"cold_start.dataset: {tmp_path / 'c.jsonl'}: line 2: prompt and response have 13 tokens; "
+        "valid: up to 12, the model's positions"
+    )
+
+
 def test_text_as_a_user_message_and_a_system_message_before(
     tmp_path: Path, text: TextCodec
 ) -> None:

@@ -64,6 +64,17 @@ def test_an_exported_checkpoint_is_the_model_that_training_would_save(
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "12*3="
 
 
+def test_a_chat_template_of_the_job_goes_along(tmp_path: Path) -> None:
+    artifact, checkpoint, _ = trained(tmp_path, "float32")
+    own = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    out = tmp_path / "out"
+    paths = ["--artifact", str(artifact), "--checkpoint", str(checkpoint), "--out", str(out)]
+    assert main([*paths, "--chat-template", own]) == 0
+    messages = [{"role": "user", "content": "12*3"}]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "[12*3]"
+
+
 def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path: Path) -> None:
     artifact, checkpoint, _ = trained(tmp_path, "float32")
     (tmp_path / "out").mkdir()

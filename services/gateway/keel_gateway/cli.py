@@ -23,6 +23,7 @@ from rich.table import Table
 from keel.spec import load_spec
 from keel_gateway.cli_export import export
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
+from keel_gateway.cli_init import init
 from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
 from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
 from keel_gateway.cli_report import compare_jobs, report
@@ -223,6 +224,7 @@ def run(
 
 app.command()(log)
 app.command()(samples)
+app.command()(init)
 app.command()(export)
 
 

@@ -53,16 +53,26 @@ def export(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Export a job's model: a folder that transformers loads, tokenizer and chat template too."""
+    """Export a job's model: a folder that transformers loads, tokenizer and chat template too.
+
+    The chat template is the job's, if it has one of its own, else the base model's.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise InvalidField("--out", str(folder), "a new or empty folder")
     source = of_folder(Path(job)) if (Path(job) / JOB).is_file() else of_gateway(job, url)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
     if step is None and source.model is not None:
-        copy_model(source.model, folder)
+        copy_model(source.model, temporary)
     else:
+        step = checked_step(source, step)
         if not as_json:
             err.print("Loading the checkpoint ...", style="dim")
-        convert(source, checked_step(source, step), folder)
+        convert(source, step, temporary)
+    if folder.is_dir():
+        folder.rmdir()
+    temporary.rename(folder)
     if as_json:
         return show_json({"job": source.job.id, "step": step, "out": str(folder)})
     what = "the final model" if step is None else f"step {step}"
@@ -111,16 +121,10 @@ def checked_step(source: Source, step: int | None) -> int:
 
 
 def copy_model(model: Path, folder: Path) -> None:
-    """Copies a model folder, whole or not at all."""
+    """Copies a model folder."""
     if not model.is_dir():
         raise NotFound(f"{model} is not on this machine: run keel export where the trainer runs")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.exporting")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(model, temporary)
-    if folder.is_dir():
-        folder.rmdir()
-    temporary.rename(folder)
+    shutil.copytree(model, folder)
 
 
 def convert(source: Source, step: int, folder: Path) -> None:
@@ -130,11 +134,13 @@ def convert(source: Source, step: int, folder: Path) -> None:
         raise NotFound(
             f"{checkpoint} is not on this machine: run keel export where the trainer runs"
         )
+    template = source.job.spec.model.chat_template
     done = subprocess.run(
         [
             *(sys.executable, "-m", "keel_trainer.export"),
             *("--artifact", str(source.artifact), "--checkpoint", str(checkpoint)),
             *("--dtype", source.job.spec.model.dtype, "--out", str(folder)),
+            *([] if template is None else ["--chat-template", template]),
         ],
         capture_output=True,
         text=True,

@@ -22,7 +22,9 @@ from keel_trainer.artifact import save_model
 from keel_trainer.backends.torch import TorchBackend
 
 
-def export(artifact: Path, checkpoint: Path, out: Path, *, dtype: str) -> Path:
+def export(
+    artifact: Path, checkpoint: Path, out: Path, *, dtype: str, chat_template: str | None = None
+) -> Path:
     """Writes the model of a checkpoint to `out`, whole or not at all; returns `out`.
 
     Args:
@@ -30,6 +32,7 @@ def export(artifact: Path, checkpoint: Path, out: Path, *, dtype: str) -> Path:
         checkpoint: a folder `step-...` of the run.
         out: must not exist, or be an empty folder.
         dtype: of the model, as the job had it: float32 or bfloat16.
+        chat_template: the job's own, as in `save_model`.
 
     Raises:
         InvalidField: `out` has something in it, or `checkpoint` is no checkpoint.
@@ -49,7 +52,7 @@ def export(artifact: Path, checkpoint: Path, out: Path, *, dtype: str) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(backend, artifact, temporary)
+    save_model(backend, artifact, temporary, chat_template=chat_template)
     if out.is_dir():
         out.rmdir()
     return temporary.rename(out)
@@ -77,10 +80,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--artifact", required=True, type=Path, help="the run's base model folder")
     parser.add_argument("--checkpoint", required=True, type=Path, help="the run's folder step-...")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--chat-template", help="the job's own: its text, or a path")
     parser.add_argument("--out", required=True, type=Path, help="new or empty folder")
     args = parser.parse_args(argv)
     try:
-        export(args.artifact, args.checkpoint, args.out, dtype=args.dtype)
+        export(
+            args.artifact,
+            args.checkpoint,
+            args.out,
+            dtype=args.dtype,
+            chat_template=args.chat_template,
+        )
     except KeelError as error:
         sys.stderr.write(f"{error}\n")
         return 2 if isinstance(error, InvalidField) else 1

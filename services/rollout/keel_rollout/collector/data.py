@@ -16,6 +16,7 @@ from keel.spec import EvaluationSet, RunSpec, VerifierSpec, answers_for
 from keel_rollout.collector.tasks.base import Problem, Task
 from keel_rollout.collector.tasks.jsonl import JsonlRows, JsonlTask, Taught, shuffle_seed
 from keel_rollout.collector.tasks.registry import built_in_task
+from keel_rollout.collector.text import TextCodec
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class RunData:
         self._spec = spec
         self._files: dict[str, Dataset] = {}
         self._examples: list[JsonlRows] = []
+        self._demonstrations: JsonlRows | None = None
         self.rows = 0
         """Rows of the task's file that are trained on; 0 for a built-in task."""
         try:
@@ -70,11 +72,12 @@ class RunData:
 
     def _task(self, evaluated: np.ndarray) -> Task:
         spec = self._spec
-        demonstrations = None
         if spec.cold_start.dataset is not None and spec.cold_start.steps:
             field = "cold_start.dataset"
             file = self._file(field, spec.cold_start.dataset, (), kind="demonstrations")
-            demonstrations = self._rows(file, self._without(file, evaluated, np.arange(len(file))))
+            kept = self._without(file, evaluated, np.arange(len(file)))
+            self._demonstrations = self._rows(file, kept)
+        demonstrations = self._demonstrations
         if not spec.task.file:
             task = built_in_task(spec.task)
             return task if demonstrations is None else Taught(task, demonstrations)
@@ -152,9 +155,17 @@ class RunData:
         self._examples.append(made)
         return made
 
-    def examples(self) -> list[Problem]:
-        """A problem of every shape, for the chat template to take or refuse."""
-        return [problem for rows in self._examples for problem in rows.examples()]
+    def check(self, text: TextCodec) -> None:
+        """DatasetError for the first row that the model's tokenizer, template or length refuses:
+        a prompt of every sequence of roles, and every demonstration that the run will use."""
+        for rows in self._examples:
+            for problem in rows.examples():
+                text.check(problem)
+        if self._demonstrations is not None:
+            cold = self._spec.cold_start
+            for index in range(min(len(self._demonstrations), cold.steps * cold.batch_size)):
+                prompt, response = self._demonstrations.demonstration(index)
+                text.check_length(prompt, response, self._demonstrations.where(index))
 
     def hashes(self) -> dict[str, str]:
         """xxh3 of every file, by the job's key."""

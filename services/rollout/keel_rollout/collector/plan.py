@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from keel import codec
-from keel.errors import InvalidField
 from keel.seeds import derive_seed
 from keel.spec import COHORT_SEQUENCES, RunSpec
 from keel.types.v1 import sequence_pb2
@@ -104,13 +103,6 @@ class Plan:
             )
             prompt_ids_P = self._text.prompt_ids(prompt)
             token_ids_T = np.concatenate([prompt_ids_P, self._text.response_ids(response)])
-            most = self._text.most_tokens
-            if most is not None and len(token_ids_T) > most:
-                raise InvalidField(
-                    "cold_start.dataset",
-                    f"prompt and response of {len(token_ids_T)} tokens: {response[:80]}",
-                    f"up to {most} tokens, the model's positions",
-                )
             batch.demonstrations.add(
                 token_ids=codec.to_tensor(token_ids_T), prompt_length=len(prompt_ids_P)
             )

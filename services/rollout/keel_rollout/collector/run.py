@@ -85,8 +85,7 @@ async def _work(
         log.info("run %s: %s", run, data.told())
         record = await watched.until(lambda record: bool(record.artifact))
         text = TextCodec.from_artifact(Path(record.artifact), spec.model.chat_template)
-        for problem in data.examples():
-            text.check(problem)
+        await asyncio.to_thread(data.check, text)
         await check_same(run, spec, data, text, client)
         producer = Producer(
             run,

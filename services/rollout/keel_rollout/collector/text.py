@@ -66,6 +66,12 @@ class TextCodec:
             ModelError: chat messages, and no template.
             TemplateFault: the template refuses them.
         """
+        try:
+            return self._ids(prompt, where)
+        except TemplateFault as error:
+            raise TemplateFault(f"{where}: the chat template does not take it: {error}") from error
+
+    def _ids(self, prompt: Prompt, where: str) -> npt.NDArray[np.int32]:
         if not isinstance(prompt, str):
             if self.template is None:
                 raise ModelError(
@@ -80,12 +86,24 @@ class TextCodec:
         field, _, rest = problem.where.partition(": ")
         path, _, line = rest.rpartition(": ")
         try:
-            if not len(self.prompt_ids(problem.prompt, problem.where)):
+            if not len(self._ids(problem.prompt, problem.where)):
                 raise DatasetError(field, path, f"{line}: no token is left of its prompt")
         except TemplateFault as error:
             roles = [message["role"] for message in problem.prompt if not isinstance(message, str)]
             told = f"{line}: the chat template does not take roles {', '.join(roles)}: {error}"
             raise DatasetError(field, path, told) from error
+
+    def check_length(self, prompt: Prompt, response: str, where: str) -> None:
+        """DatasetError if a demonstration is longer than the model takes."""
+        tokens = len(self.prompt_ids(prompt, where)) + len(self.response_ids(response))
+        if self.most_tokens is not None and tokens > self.most_tokens:
+            field, _, rest = where.partition(": ")
+            raise DatasetError(
+                field,
+                rest,
+                f"prompt and response have {tokens} tokens; valid: up to "
+                f"{self.most_tokens}, the model's positions",
+            )
 
     def response_ids(self, response: str) -> npt.NDArray[np.int32]:
         """int32 [R]: a demonstration's response."""

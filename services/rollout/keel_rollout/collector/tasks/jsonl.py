@@ -33,6 +33,10 @@ class JsonlRows:
         row, _ = self._at(index)
         return self._prompt(row), row.response + END
 
+    def where(self, index: int) -> str:
+        """Where the row at place `index` stands, for messages."""
+        return self._at(index)[1]
+
     def examples(self) -> list[Problem]:
         """A problem for each sequence of roles in the file: what a chat template can refuse."""
         return [
