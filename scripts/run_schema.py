@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def _table(fields: dict[str, FieldInfo]) -> list[str]:
         if field.is_required() or field.default is not None:
             default = "required" if field.is_required() else f"`{_toml(field.default)}`"
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        meaning = re.sub(r"docs/([a-z-]+\.md)", r"[docs/\1](\1)", meaning)
         rows.append(f"| `{name}` | {default} | {_valid(field)} | {meaning} |")
     return rows
 
