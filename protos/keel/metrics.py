@@ -27,12 +27,12 @@ COLUMNS: dict[str, str] = {
     "staleness/k1": "mean(log pi_old - log pi_theta), nats",
     "staleness/k3": "mean(e^d - d - 1), d = log pi_theta - log pi_old",
     "staleness/ratio_max": "max pi_theta / pi_old",
-    "is/mean": "mean importance weight before truncation",
-    "is/max": "largest importance weight before truncation",
+    "is/mean": "mean of the objective's weight before truncation; MiniRL's is pi_theta / mu_old",
+    "is/max": "largest weight before truncation",
     "is/ess": "effective sample size as a share: 1 / mean((w / mean w)^2)",
     "is/truncated": "share of tokens whose weight was truncated",
-    "clip/high": "share of tokens masked with A > 0",
-    "clip/low": "share of tokens masked with A < 0",
+    "clip/high": "share of tokens that the objective's mask drops with A > 0",
+    "clip/low": "share of tokens that the objective's mask drops with A < 0",
     "entropy": "mean entropy over the full vocabulary, nats",
     "grad_norm": "gradient norm before clipping",
     "routing/pair_disagree": "share of (token, layer) pairs with other experts, engine and trainer",
@@ -62,6 +62,7 @@ FAMILIES: dict[str, str] = {
     "reward/part/": "mean over valid responses of one verifier's value, before weighting",
     "eval/": "one held-out set, after this step: eval/SET/avg@K, the mean reward of K responses a "
     "prompt; eval/SET/pass@K, the share of prompts with a right one among them",
+    "is/dropped/": "share of tokens that recipe.is_filter drops, by its name: icepop or sequence",
     "routing/layer/": "routing/pair_disagree of one MoE layer, by its global layer number",
 }
 """Columns whose names depend on the run: what they begin with, and what they mean."""

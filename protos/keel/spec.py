@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from keel import objectives
 from keel.errors import InvalidField
 from keel.presets import PRESETS
 from keel.spec_base import ACROSS, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -130,8 +131,9 @@ class RolloutSpec(_Section):
 class RecipeSpec(_Section):
     """[recipe]: the algorithm."""
 
-    objective: Literal["minirl"] = "minirl"
-    """MiniRL, eq (7) of the paper."""
+    objective: Literal["minirl", "grpo", "cispo", "dppo"] = "minirl"
+    """What is maximised, and the defaults of the switches below: docs/objectives.md. minirl is
+    eq (7) of the paper. The defaults in this table are minirl's; explicit keys win."""
     replay: Replay = "auto"
     """Routing replay. auto is the paper's finding: none at N = 1, R2 at 2 and 3, R3 from 4 on."""
     off_policiness: PositiveInt = 1
@@ -156,21 +158,50 @@ class RecipeSpec(_Section):
     """AdamW's epsilon."""
     grad_clip: PositiveFloat = 1.0
     """Largest gradient norm."""
-    eps_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """A < 0: masked where pi_theta / pi_old < 1 - eps_low. The paper: 0.2."""
+    eps_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """A < 0: masked where pi_theta / pi_old < 1 - eps_low. The paper: 0.2. grpo: 0.2, of the clip.
+    cispo: the weight is at least 1 - eps_low; 1, no bound. dppo: not used."""
     eps_high: PositiveFloat = 0.27
-    """A > 0: masked where pi_theta / pi_old > 1 + eps_high. The paper: 0.27."""
+    """A > 0: masked where pi_theta / pi_old > 1 + eps_high. The paper: 0.27. grpo: 0.2, of the
+    clip. cispo: 4, the weight is at most 1 + eps_high. dppo: not used."""
     is_cap: PositiveFloat | None = 5.0
-    """The weight pi_theta / mu_old is truncated above here. The paper: 5. Leave out in JSON as null
-    for no truncation."""
+    """The weight pi_theta / mu_old is truncated above here. The paper: 5. In JSON, null for no
+    truncation. dppo: none. grpo: none, and with importance_sampling it caps pi_old / mu_old alone.
+    cispo: not used."""
     importance_sampling: bool = True
-    """False: ablation; the weight is pi_theta / pi_old instead."""
+    """False: ablation; the weight is pi_theta / pi_old instead. grpo and cispo: false, as in their
+    papers; true brings in pi_old / mu_old."""
     clip: bool = True
-    """False: ablation; nothing is masked."""
+    """False: ablation; nothing is masked, and cispo clips no weight."""
+    divergence: Literal["tv", "kl"] = "tv"
+    """dppo only: what is measured between mu_old and pi_theta, both reduced to the sampled token
+    against all others. Total variation, or KL in nats."""
+    divergence_threshold: PositiveFloat | None = None
+    """dppo only: masked above it, if the update leads further away. Default: 0.15 with tv, 0.05
+    with kl."""
     length_norm: bool = False
-    """True: ablation; each response is divided by its length."""
+    """True: each response is divided by its length. An ablation of minirl; grpo: true."""
     std_norm: bool = False
-    """True: ablation; advantages are divided by the group's standard deviation."""
+    """True: advantages are divided by the group's standard deviation. An ablation of minirl; grpo
+    and cispo: true."""
+    is_filter: Literal["none", "icepop", "sequence"] = "none"
+    """Also drops what engine and trainer disagree on, with every objective: tokens by
+    pi_old / mu_old (icepop), or whole responses by its geometric mean (sequence)."""
+    is_filter_low: NonNegativeFloat | None = None
+    """Least ratio that is_filter keeps. Default: 0.5 with icepop, 0.999 with sequence."""
+    is_filter_high: PositiveFloat | None = None
+    """Largest ratio that is_filter keeps. Default: 5 with icepop, 1.001 with sequence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_defaults(cls, given: Any) -> Any:
+        return objectives.resolve(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _switches_fit(self) -> Self:
+        for key, value, valid in objectives.misfits(self):
+            raise _across(f"recipe.{key}", value, valid)
+        return self
 
     @model_validator(mode="after")
     def _whole_laps(self) -> Self:

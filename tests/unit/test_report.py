@@ -13,6 +13,7 @@ import pytest
 from reportkit import JOB, Page, figures, report, synthetic_rows, traces
 
 from keel.metrics import COLUMNS
+from keel.spec import parse_spec
 from keel_gateway.curves import MOST_POINTS, averaged, every_kth, smooth, thinned
 from keel_gateway.page import write_page
 from keel_gateway.panels import of_run
@@ -291,3 +292,22 @@ def test_keel_run_empties_only_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ({}, "minirl"),
+        ({"objective": "grpo"}, "grpo"),
+        ({"is_cap": None}, "minirl with is_cap null"),
+        (
+            {"objective": "dppo", "divergence": "kl", "is_filter": "icepop"},
+            'dppo with divergence "kl", divergence_threshold 0.05, is_filter "icepop", '
+            "is_filter_low 0.5, is_filter_high 5.0",
+        ),
+    ],
+)
+def test_the_recipe_names_the_objective_and_what_was_set_against_it(recipe, says):
+    spec = parse_spec({"name": "r", "model": JOB["spec"]["model"], "recipe": {"steps": 4} | recipe})
+    page = report(JOB | {"spec": spec.model_dump(mode="json")}, [])
+    assert f": {says}, replay auto" in unescape(page)

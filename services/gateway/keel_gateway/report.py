@@ -13,7 +13,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from keel.metrics import COLUMNS, Row
+from keel.objectives import SWITCHES
 from keel.record import Phase
+from keel.spec import RecipeSpec
 from keel_gateway.admission import R3_FROM
 from keel_gateway.curves import SMOOTHING_SHARE
 from keel_gateway.page import NONE, moment, number, render
@@ -120,14 +122,26 @@ def _recipe(spec: Job) -> str:
             replay = f"auto ({meant} at N = {n}, if the model has experts)"
         return (
             f"{spec['model']['path']} on {spec['task']['dataset']}, seed {spec['seed']}: "
-            f"{recipe['objective']}, replay {replay}, N = {n} mini-batches a lap of "
+            f"{_objective(recipe)}, replay {replay}, N = {n} mini-batches a lap of "
             f"{recipe['groups_per_minibatch']} groups of {rollout['group_size']} responses, "
             f"learning rate {recipe['learning_rate']:g}; engine {engine['kind']} in "
             f"{engine['dtype']}, quantize {engine['quantize']}; cold start of "
             f"{spec['cold_start']['steps']} steps."
         )
-    except KeyError:
+    except (KeyError, ValueError):
         return ""
+
+
+def _objective(recipe: Mapping[str, Any]) -> str:
+    """The objective, and every switch that it would have set otherwise by itself."""
+    objective = recipe["objective"]
+    usual = RecipeSpec(steps=1, objective=objective)
+    own = [
+        f"{key} {json.dumps(recipe[key])}"
+        for key in SWITCHES
+        if key in recipe and recipe[key] != getattr(usual, key)
+    ]
+    return f"{objective} with {', '.join(own)}" if own else objective
 
 
 def _metrics(rows: Sequence[Row]) -> list[dict[str, Any]]:

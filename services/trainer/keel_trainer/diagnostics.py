@@ -15,6 +15,9 @@ Stats = dict[str, Tensor]
 _LAYER = "routing/layer/"
 """Begins the columns of single MoE layers, and the keys of their differing pairs."""
 
+_DROPPED = "is/dropped/"
+"""Begins the column of the filter in use, and the key of the tokens that it dropped."""
+
 
 def merge(parts: Iterable[Stats]) -> Stats:
     """The stats of a step from those of its micro-batches."""
@@ -110,4 +113,4 @@ def metrics(stats: Stats) -> dict[str, float | None]:
         }
         # every token has one pair in each layer
         row |= {k: mean(k, sums["routing_tokens"]) for k in sums if k.startswith(_LAYER)}
-    return row
+    return row | {key: mean(key) for key in sums if key.startswith(_DROPPED)}

@@ -2,7 +2,7 @@
 
     groups --> mini-batch i: [advantages] -> [scoring pass: pi_old, e^pi_old]     i = 0 .. N-1
                                                   |
-    weights <-- publish v+1 <-- [N steps of MiniRL, routes as the replay plan says]
+    weights <-- publish v+1 <-- [N steps of the objective, routes as the replay plan says]
 
 Scoring happens in slot order while later groups are still being generated. The weights stay those
 of version v until the last group of the lap is scored.

@@ -16,10 +16,11 @@ from keel.spec import RecipeSpec, RunSpec
 from keel.types.v1 import sequence_pb2
 from keel_trainer import diagnostics, samples
 from keel_trainer.algo.advantage import group_advantages
-from keel_trainer.algo.objective import loss_denominator, minirl_loss, sft_loss
+from keel_trainer.algo.objective import loss_denominator, sft_loss
 from keel_trainer.algo.replay import ReplayPlan
 from keel_trainer.backends.base import Backend, ScoreOutput
 from keel_trainer.batch import MicroBatch, collate, cut_micro_batches
+from keel_trainer.objectives import objective_of
 from keel_trainer.sequences import (
     RouteShape,
     TrainSequence,
@@ -133,7 +134,7 @@ def score(backend: Backend, minibatch: MiniBatch, plan: ReplayPlan) -> None:
 def update(
     backend: Backend, minibatch: MiniBatch, plan: ReplayPlan, recipe: RecipeSpec, *, step: int
 ) -> Row:
-    """One optimizer step of MiniRL, eq (7), under the plan's routes; returns its metric columns.
+    """One optimizer step of the recipe's objective under the plan's routes; its metric columns.
 
     A mini-batch without a valid token leaves weights and optimizer untouched.
 
@@ -141,6 +142,7 @@ def update(
         step: optimizer steps done before, for the learning rate.
     """
     began = time.perf_counter()
+    objective = objective_of(recipe)
     stats = []
     for index, micro in enumerate(minibatch.micros):
         scored = minibatch.scores[index] if minibatch.scores else None
@@ -155,18 +157,13 @@ def update(
             micro: MicroBatch = micro,
             scored: ScoreOutput | None = scored,
         ) -> tuple[torch.Tensor, diagnostics.Stats]:
-            return minirl_loss(
+            return objective(
                 policy_logprobs_NT,
                 scored.logprobs_NT if scored else None,
                 micro.rollout_logprobs_NT,
                 micro.advantages_NT,
                 micro.mask_NT,
                 denominator=minibatch.denominator,
-                eps_low=recipe.eps_low,
-                eps_high=recipe.eps_high,
-                is_cap=recipe.is_cap,
-                importance_sampling=recipe.importance_sampling,
-                clip=recipe.clip,
                 weights_T=micro.length_weights_NT if recipe.length_norm else None,
             )
 

@@ -1,19 +1,23 @@
-"""MiniRL, eq (7): the loss, and the factors it is made of.
+"""MiniRL, eq (7): the loss, and the factors that it and its variants are made of.
 
 Three log-probs, always under these names, each of softmax(logits / temperature) over the full
 vocabulary: `rollout` (mu_old: the engine, when sampling), `proximal` (pi_old: the trainer at
 theta_old), `policy` (pi_theta: the trainer now, with gradient).
 
 Everything is elementwise up to one sum, so `_T` may be any shape, `[N, T]` with padding included:
-what the mask excludes is replaced before anything is exponentiated, and so cannot leak.
+what the mask excludes is replaced before anything is exponentiated, and so cannot leak. Only the
+filter by sequence asks that the last dimension be one sequence.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from keel_trainer.algo.filters import IsFilter
 
 Stats = dict[str, Tensor]
 """Float64 scalars that add up over micro-batches; keys ending in `_max` take the maximum."""
@@ -49,6 +53,65 @@ def loss_denominator(
     return float(groups * group_size * (1 if length_norm else max_tokens))
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What every objective is a function of: widened, and 0 wherever the mask excludes."""
+
+    policy_T: Tensor  # log pi_theta, with gradient
+    policy_sg_T: Tensor  # the same without
+    proximal_T: Tensor  # log pi_old; sg[log pi_theta] at N = 1
+    rollout_T: Tensor  # log mu_old
+    advantages_T: Tensor
+    mask_T: Tensor  # bool
+    is_filter: IsFilter | None
+
+    @classmethod
+    def of(
+        cls,
+        policy_logprobs_T: Tensor,
+        proximal_logprobs_T: Tensor | None,
+        rollout_logprobs_T: Tensor,
+        advantages_T: Tensor,
+        mask_T: Tensor,
+        is_filter: IsFilter | None = None,
+    ) -> Batch:
+        """From the first five arguments of any loss; see `minirl_loss`."""
+        mask_T = mask_T.bool()
+        policy_T = _wide(policy_logprobs_T).masked_fill(~mask_T, 0.0)
+        policy_sg_T = policy_T.detach()
+        proximal_T = (
+            policy_sg_T
+            if proximal_logprobs_T is None
+            else _wide(proximal_logprobs_T).detach().masked_fill(~mask_T, 0.0)
+        )
+        return cls(
+            policy_T=policy_T,
+            policy_sg_T=policy_sg_T,
+            proximal_T=proximal_T,
+            rollout_T=_wide(rollout_logprobs_T).masked_fill(~mask_T, 0.0),
+            advantages_T=advantages_T.to(policy_T.dtype).masked_fill(~mask_T, 0.0),
+            mask_T=mask_T,
+            is_filter=is_filter,
+        )
+
+    def ratio_T(self, importance_sampling: bool) -> Tensor:
+        """sg[pi_theta / mu_old]; without importance sampling sg[pi_theta / pi_old], 1 at N = 1."""
+        return ratio(self.policy_sg_T, self.rollout_T if importance_sampling else self.proximal_T)
+
+    def filtered_T(self) -> Tensor:
+        """Bool: valid tokens that the filter drops."""
+        if self.is_filter is None:
+            return torch.zeros_like(self.mask_T)
+        return self.is_filter.dropped_T(self.proximal_T, self.rollout_T, self.mask_T)
+
+    def kept(self, values_T: Tensor, weights_T: Tensor | None) -> Tensor:
+        """The values, times `weights_T`; 0 where the mask or the filter excludes."""
+        values_T = values_T.masked_fill(self.filtered_T() | ~self.mask_T, 0.0)
+        if weights_T is None:
+            return values_T
+        return values_T * weights_T.to(values_T.dtype).masked_fill(~self.mask_T, 0.0)
+
+
 def minirl_loss(
     policy_logprobs_T: Tensor,
     proximal_logprobs_T: Tensor | None,
@@ -62,6 +125,7 @@ def minirl_loss(
     is_cap: float | None = 5.0,
     importance_sampling: bool = True,
     clip: bool = True,
+    is_filter: IsFilter | None = None,
     weights_T: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """Minus J of eq (7), to be minimised, and the sums that a step's metrics are made of.
@@ -79,38 +143,36 @@ def minirl_loss(
         is_cap: upper bound of the weight; None for no truncation.
         importance_sampling: False weighs by sg[pi_theta / pi_old] instead, which is 1 at N = 1.
         clip: False keeps every token (M_t = 1).
+        is_filter: drops more tokens; not in the paper.
         weights_T: factor of each token, for length_norm 1 / |y|; None means 1.
 
     Returns:
-        The loss, a scalar, and Stats: see `_stats`. Over several micro-batches both add up.
+        The loss, a scalar, and Stats: see `stats_of`. Over several micro-batches both add up.
     """
-    mask_T = mask_T.bool()
-    policy_T = _wide(policy_logprobs_T).masked_fill(~mask_T, 0.0)
-    policy_sg_T = policy_T.detach()
-    rollout_T = _wide(rollout_logprobs_T).masked_fill(~mask_T, 0.0)
-    proximal_T = (
-        policy_sg_T
-        if proximal_logprobs_T is None
-        else _wide(proximal_logprobs_T).detach().masked_fill(~mask_T, 0.0)
+    batch = Batch.of(
+        policy_logprobs_T,
+        proximal_logprobs_T,
+        rollout_logprobs_T,
+        advantages_T,
+        mask_T,
+        is_filter,
     )
-    advantages_T = advantages_T.to(policy_T.dtype).masked_fill(~mask_T, 0.0)
+    ratio_T = batch.ratio_T(importance_sampling)
+    weight_T = is_weights(ratio_T, is_cap)
+    high_T = low_T = torch.zeros_like(batch.mask_T)
+    if clip:
+        staleness_ratio_T = batch.ratio_T(importance_sampling=False)
+        high_T, low_T = clip_masks(staleness_ratio_T, batch.advantages_T, eps_low, eps_high)
+    loss = weighted_loss(batch, weight_T, high_T | low_T, weights_T) / denominator
+    return loss, stats_of(batch, ratio_T, weight_T != ratio_T, high_T, low_T)
 
-    staleness_ratio_T = ratio(policy_sg_T, proximal_T)
-    whole_ratio_T = ratio(policy_sg_T, rollout_T) if importance_sampling else staleness_ratio_T
-    weight_T = is_weights(whole_ratio_T, is_cap)
-    high_T, low_T = clip_masks(staleness_ratio_T, advantages_T, eps_low, eps_high)
-    if not clip:
-        high_T = low_T = torch.zeros_like(mask_T)
-    coefficient_T = (weight_T * advantages_T).masked_fill(high_T | low_T | ~mask_T, 0.0)
-    if weights_T is not None:
-        coefficient_T = coefficient_T * weights_T.to(coefficient_T.dtype).masked_fill(~mask_T, 0.0)
-    loss = -(coefficient_T * policy_T).sum() / denominator
 
-    with torch.no_grad():
-        stats = _stats(
-            policy_sg_T, proximal_T, rollout_T, whole_ratio_T, high_T, low_T, mask_T, is_cap
-        )
-    return loss, stats
+def weighted_loss(
+    batch: Batch, weight_T: Tensor, dropped_T: Tensor, weights_T: Tensor | None
+) -> Tensor:
+    """Minus sum_t M_t * weight * A * log pi_theta, M_t = 0 where dropped; weights are constants."""
+    coefficient_T = (weight_T * batch.advantages_T).masked_fill(dropped_T, 0.0)
+    return -(batch.kept(coefficient_T, weights_T) * batch.policy_T).sum()
 
 
 def sft_loss(
@@ -122,27 +184,26 @@ def sft_loss(
     return -logprobs_T.sum() / denominator, stats
 
 
-def _stats(
-    policy_T: Tensor,
-    proximal_T: Tensor,
-    rollout_T: Tensor,
-    weight_ratio_T: Tensor,
-    high_T: Tensor,
-    low_T: Tensor,
-    mask_T: Tensor,
-    is_cap: float | None,
+@torch.no_grad()
+def stats_of(
+    batch: Batch, ratio_T: Tensor, truncated_T: Tensor, high_T: Tensor, low_T: Tensor
 ) -> Stats:
     """Sums over the valid tokens, eq (5)'s two factors apart; at excluded tokens every log is 0.
 
     Mismatch is pi_old against mu_old, staleness pi_theta against pi_old, whole their product. The
     estimators take d = log new - log old on tokens sampled from mu: k1 = -d, k3 = e^d - d - 1.
-    `is` is the weight before truncation.
+
+    Args:
+        ratio_T: the objective's weight before truncation, `is` of the metrics.
+        truncated_T: bool; whose weight was truncated.
+        high_T, low_T: bool; what the objective's mask drops with A > 0, and with A < 0. The filter
+            is counted apart: a token that both would drop is in both counts.
     """
-    mismatch_T = proximal_T.double() - rollout_T.double()
-    staleness_T = policy_T.double() - proximal_T.double()
-    weight_T = weight_ratio_T.double().masked_fill(~mask_T, 0.0)
-    truncated_T = weight_T > (math.inf if is_cap is None else is_cap)
-    return {
+    mask_T = batch.mask_T
+    mismatch_T = batch.proximal_T.double() - batch.rollout_T.double()
+    staleness_T = batch.policy_sg_T.double() - batch.proximal_T.double()
+    weight_T = ratio_T.detach().double().masked_fill(~mask_T, 0.0)
+    stats = {
         "tokens": mask_T.sum().double(),
         "mismatch_k1": -mismatch_T.sum(),
         "mismatch_k3": _k3(mismatch_T),
@@ -152,14 +213,17 @@ def _stats(
         "staleness_k1": -staleness_T.sum(),
         "staleness_k3": _k3(staleness_T),
         "staleness_ratio_max": _max(staleness_T.exp().masked_fill(~mask_T, 0.0)),
-        "whole_k1": (rollout_T.double() - policy_T.double()).sum(),
+        "whole_k1": (batch.rollout_T.double() - batch.policy_sg_T.double()).sum(),
         "is": weight_T.sum(),
         "is_squared": weight_T.square().sum(),
         "is_max": _max(weight_T),
-        "is_truncated": truncated_T.sum().double(),
+        "is_truncated": (truncated_T & mask_T).sum().double(),
         "clip_high": (high_T & mask_T).sum().double(),
         "clip_low": (low_T & mask_T).sum().double(),
     }
+    if batch.is_filter is not None:
+        stats[f"is/dropped/{batch.is_filter.kind}"] = batch.filtered_T().sum().double()
+    return stats
 
 
 def _k3(d_T: Tensor) -> Tensor:
