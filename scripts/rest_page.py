@@ -71,7 +71,7 @@ def _route(method: str, path: str, route: Schema) -> list[str]:
     lines += ["| status | answer |", "| --- | --- |"]
     for status, answer in route["responses"].items():
         kinds = (f"{_body(body)} as `{kind}`" for kind, body in answer.get("content", {}).items())
-        lines += [f"| {status} | {'; '.join([_cell(answer['description']), *kinds])} |"]
+        lines += [f"| {status} | {'; '.join([_cell(answer['description']).rstrip('.'), *kinds])} |"]
     return [*lines, ""]
 
 
