@@ -123,6 +123,12 @@ def test_a_page_that_is_not_whole_fails_the_build(
     assert complaint in done.stderr
 
 
+def test_no_page_is_left_out_of_the_navigation(site: Path) -> None:
+    index = (site / "index.html").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f'href="{page.stem}.html"' in index or page.stem == "index", page.name
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
     inside = [link for link in links if "://" not in link]
