@@ -130,7 +130,7 @@ async def test_cohort_members_must_agree(serving: EngineClient) -> None:
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({**CONFIG, "architectures": ["LlamaForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({**CONFIG, "architectures": ["GPT2LMHeadModel"]}, "Qwen3MoeForCausalLM"),
         ({**CONFIG, "architectures": []}, "architectures"),
         ({**CONFIG, "hidden_size": -5}, "config.json"),
         ({**CONFIG, "sliding_window": 16, "use_sliding_window": True}, "sliding_window"),
