@@ -144,7 +144,7 @@ def dppo_loss(
 
     Args:
         divergence: "tv" or "kl", see `binary_tv` and `binary_kl`.
-        divergence_threshold: delta; the authors' scripts take 0.15 with tv and 0.05 with kl.
+        divergence_threshold: delta; an example script in verl takes 0.15 with tv, 0.05 with kl.
         importance_sampling: False weighs by sg[pi_theta / pi_old]; the mask stays with mu_old.
         clip: False keeps every token.
     """
