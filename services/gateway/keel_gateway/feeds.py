@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 
 from fastapi.sse import KEEPALIVE_COMMENT
 from redis.exceptions import RedisError
@@ -118,7 +117,9 @@ class _Feed:
         except BaseException:
             self._reads.pop(cursor, None)
             raise
-        if not events:
+        # only the reader moves the place it looks from: one who comes between two of its looks
+        # would move it past what those who wait have not been told
+        if not events and self._head is None:
             self._head = cursor
         return events
 
@@ -128,8 +129,12 @@ class _Feed:
             # no await from here to the removal: nobody joins a feed that has stopped
             if not self.watchers:
                 break
-            with suppress(RedisError, KeelError):  # its watchers see for themselves
+            try:
                 await self._advance()
+            except (RedisError, KeelError):  # its watchers see for themselves
+                pass
+            except Exception:  # a reader that ended would leave them waiting for good
+                log.exception("%s: cannot be read", self._run)
         if self._feeds.get(self._run) is self:
             del self._feeds[self._run]
 
