@@ -50,11 +50,12 @@ def connect(url: str) -> Redis:
     """A client that gives up within seconds, so that an outage becomes an answer and not a wait.
 
     A crowd of requests waits for its few connections: redis-py's own pool would refuse the 101st.
+    Longer than for an answer of Redis: on a busy machine 300 requests at once need several seconds.
     """
     pool = BlockingConnectionPool.from_url(
         url,
         max_connections=MOST_CONNECTIONS,
-        timeout=5,
+        timeout=30,
         socket_timeout=5,
         socket_connect_timeout=2,
         retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 2),
