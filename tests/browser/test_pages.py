@@ -1,4 +1,4 @@
-"""The report and the comparison of two recorded runs, as Chromium draws them."""
+"""The reports and the comparison of recorded runs, as Chromium draws them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from keel_gateway.report import build_report
 from keel_gateway.run_folder import RunData, read_run
 
 RUNS = Path(__file__).parent / "runs"
-R3, NONE = read_run(RUNS / "r3"), read_run(RUNS / "none")
+R3, NONE, WORDS = (read_run(RUNS / name) for name in ("r3", "none", "words"))
 MADE = datetime(2026, 11, 24, 9, 30, tzinfo=UTC)
 PAGES = {
     "report": build_report(R3, made=MADE),
     "compare": build_comparison([R3, NONE], made=MADE),
+    "report-words": build_report(WORDS, made=MADE),
 }
 Open = Callable[..., Opened]
 
@@ -56,6 +57,16 @@ def test_the_papers_panels_come_first(open_page: Open) -> None:
     assert titles[:4] == ["Benchmark score", "Training reward", "Entropy", "KL[mu_old || pi_old]"]
     tops = [card.bounding_box()["y"] for card in page.locator(".panels .card").all()]  # type: ignore[index]
     assert len(set(tops)) == 1, "in one row"
+
+
+def test_parts_of_the_reward_and_held_out_sets_have_lines(open_page: Open) -> None:
+    page = open_page(PAGES["report-words"]).page
+    legends = " ".join(page.locator(".legend li").all_text_contents())
+    for column in ("reward/part/math", "reward/part/sum_written"):
+        assert column in legends
+    for name in ("test", "held_out"):
+        assert f"eval/{name}/avg@4" in legends
+        assert f"eval/{name}/pass@4" in legends
 
 
 def test_a_colour_a_run_in_every_picture(open_page: Open) -> None:
