@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keel.spec import RecipeSpec
+    from keel.spec_recipe import RecipeSpec
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "minirl": {},
