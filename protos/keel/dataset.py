@@ -230,8 +230,14 @@ def check_head(
 
 
 def prompt_hash(prompt: Prompt) -> int:
-    """64 well-mixed bits of a prompt's content."""
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    """64 well-mixed bits of a prompt's content: text and one user message of it are the same."""
+    match prompt:
+        case str(text):
+            pass
+        case [{"role": "user", "content": str(text), **more}] if not more:
+            pass
+        case messages:
+            text = json.dumps(messages, sort_keys=True)
     return xxhash.xxh3_64_intdigest(text.encode())
 
 

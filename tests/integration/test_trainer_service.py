@@ -65,8 +65,11 @@ def stub(channel: grpc.Channel) -> pb_grpc.TrainerServiceStub:
     return pb_grpc.TrainerServiceStub(channel)
 
 
-def write(redis_url: str, run: str, model: str = "/nowhere", **fields: object) -> None:
-    spec = parse_spec({"name": run, "model": {"path": model}, "recipe": {"steps": 1}})
+def write(
+    redis_url: str, run: str, model: str = "/nowhere", replay: str = "auto", **fields: object
+) -> None:
+    recipe = {"steps": 1, "replay": replay}
+    spec = parse_spec({"name": run, "model": {"path": model}, "recipe": recipe})
     record = RunRecord(run, spec, 0.0, fencing_token=5, **fields)  # type: ignore[arg-type]
     with redis.Redis.from_url(redis_url) as client:
         client.hset(run_key(run), mapping=record.to_hash())
@@ -118,6 +121,17 @@ def test_a_run_that_cannot_be_says_why_and_is_watched_to_its_end(
     assert "model.path: '/nowhere' is not a folder" in last.run.error
     code, text = refused(stub.StartRun, request)
     assert (code, "is over: FAILED" in text) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+
+
+def test_replay_of_a_dense_model_fails_with_the_field(
+    stub: pb_grpc.TrainerServiceStub, redis_url: str
+) -> None:
+    """The gateway refuses it of presets; a folder, only the trainer can look into."""
+    write(redis_url, "dense", "preset:tiny-qwen3", replay="R3")
+    stub.StartRun(pb.StartRunRequest(run="dense", fencing_token=5), timeout=20)
+    *_, last = stub.WatchRun(pb.WatchRunRequest(run="dense"), timeout=60)
+    assert last.run.phase == pb.RUN_PHASE_FAILED
+    assert last.run.error.startswith("recipe.replay: 'R3' is not valid; valid: auto or none")
 
 
 def test_cancel_of_a_run_without_a_process_ends_it(

@@ -96,6 +96,7 @@ def exceed_experts(proto):
         (lambda p: spoil_logprob(p, np.inf), "log-prob"),
         (lambda p: spoil_logprob(p, 0.5), "log-prob"),
         (lambda p: setattr(p, "reward", float("nan")), "reward is nan"),
+        (lambda p: setattr(p, "reward", 1e300), "reward is 1e+300"),
         (lambda p: setattr(p, "routes_valid", False), "vouch"),
         (lambda p: setattr(p, "routes_xxh3", 1), "checksum"),
         (lambda p: p.ClearField("routes"), "no routes"),

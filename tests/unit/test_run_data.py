@@ -131,7 +131,7 @@ def test_demonstrations_from_a_file(tmp_path: Path, text: TextCodec) -> None:
     """6 rows in batches of 4: two epochs in three steps; each ends with the end token."""
     rows = [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(6)]
     cold = {"steps": 3, "batch_size": 4, "dataset": write(tmp_path / "c.jsonl", rows)}
-    spec = spec_of(tmp_path, problems(9), cold_start=cold)
+    spec = spec_of(tmp_path, problems(9), task={"held_out": 0}, cold_start=cold)
     plan = Plan("r", spec, RunData(spec), text)
     seen = Counter()
     for step in range(3):
@@ -139,6 +139,27 @@ def test_demonstrations_from_a_file(tmp_path: Path, text: TextCodec) -> None:
             ids_T = to_ndarray(demonstration.token_ids, "t", dtypes=("int32",), shape=(None,))
             seen[text.response_text(ids_T)] += 1
     assert seen == Counter({f"{i}+1={i + 1}<end>": 2 for i in range(6)})
+
+
+def test_held_out_prompts_are_not_in_the_cold_start(
+    tmp_path: Path, text: TextCodec, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The demonstrations are of all 200 prompts, one as text and one as a chat message."""
+    rows: list[dict[str, Any]] = []
+    for row in problems(200):
+        messages = [{"role": "user", "content": row["prompt"]}]
+        rows += [{"prompt": prompt, "response": "1"} for prompt in (row["prompt"], messages)]
+    cold = {"steps": 1, "batch_size": 400, "dataset": write(tmp_path / "c.jsonl", rows)}
+    spec = spec_of(tmp_path, problems(200), task={"held_out": 0.1}, cold_start=cold)
+    with caplog.at_level(logging.WARNING):
+        data = RunData(spec)
+    (held_out,) = data.sets
+    kept = {text.prompt_ids(data.task.held_out_problem(0, i).prompt).tobytes() for i in range(23)}
+    assert held_out.size == 23
+    shown = [data.task.demonstration(0, index)[0] for index in range(400 - 46)]
+    assert not {text.prompt_ids(prompt).tobytes() for prompt in shown} & kept
+    assert "cold_start.dataset" in caplog.text
+    assert "46 rows are not trained on" in caplog.text
 
 
 def test_a_demonstration_longer_than_the_model_is_refused_by_line(
@@ -184,6 +205,15 @@ def test_avg_and_pass_at_k() -> None:
         "eval/s/pass@4": pytest.approx(2 / 3),
     }
     assert evaluation_columns("s", rewards_NK, 0.5)["eval/s/pass@4"] == 1
+
+
+def test_a_response_without_a_reward_is_never_right() -> None:
+    """Also where right begins below 0; in the mean it is 0."""
+    rewards_NK = np.array([[-1.0, np.nan], [1.0, np.nan], [np.nan, np.nan]])
+    assert evaluation_columns("s", rewards_NK, 0.0) == {
+        "eval/s/avg@2": 0.0,
+        "eval/s/pass@2": 1 / 3,
+    }
 
 
 @pytest.mark.parametrize(

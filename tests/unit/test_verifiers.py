@@ -161,6 +161,13 @@ async def test_several_are_summed_by_weight_and_each_is_a_part(pool: VerifierPoo
     ]
 
 
+async def test_a_sum_that_is_no_number_is_a_fault(pool: VerifierPool) -> None:
+    judges = [own("prompt_of", weight=1e308, label=label) for label in ("one", "two")]
+    (judgement,) = await pool.verify(judges, [CASE])
+    assert "the weighted sum of" in judgement.fault
+    assert "is inf" in judgement.fault
+
+
 async def test_a_function_gets_what_it_names(pool: VerifierPool) -> None:
     """All of it: prompt, response, answer, finished, row, level, topic."""
     (judgement,) = await pool.verify([own("named")], [CASE])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import redis
 
-from keel.errors import IntegrityError, KeelError
+from keel.errors import IntegrityError, InvalidField, KeelError
 from keel.queue import demos_key, groups_key
 from keel.record import Desired, Phase, RunRecord
 from keel.spec import RunSpec
@@ -108,6 +108,12 @@ class TrainingRun:
             weight_decay=recipe.weight_decay,
             grad_clip=recipe.grad_clip,
         )
+        if recipe.replay in ("R2", "R3") and not backend.info.is_moe:
+            raise InvalidField(
+                "recipe.replay",
+                recipe.replay,
+                f"auto or none: {spec.model.path} is dense, it has no experts to replay",
+            )
         plan = replay_plan(
             recipe.replay, off_policiness=recipe.off_policiness, moe=backend.info.is_moe
         )

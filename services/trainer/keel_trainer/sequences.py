@@ -6,7 +6,6 @@ the reason, and everything downstream masks it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,9 @@ import numpy.typing as npt
 from keel import codec
 from keel.errors import WireError
 from keel.types.v1 import sequence_pb2, tensor_pb2
+
+_LARGEST_REWARD = float(np.finfo(np.float32).max)
+"""Rewards are trained on in float32: above this they would be infinite there."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def decode_sequence(
     # a log-prob just above 0 is rounding; one well above is no log-prob
     if not np.isfinite(logprobs_R).all() or (logprobs_R > 1e-3).any():
         reason = reason or "a rollout log-prob is not finite or above 0"
-    if not math.isfinite(proto.reward):
+    if not abs(proto.reward) <= _LARGEST_REWARD:
         reason = reason or f"the reward is {proto.reward}"
     routes_TLK = None
     if routes is not None:

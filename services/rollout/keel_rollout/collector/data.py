@@ -72,28 +72,31 @@ class RunData:
 
     def _task(self, evaluated: np.ndarray) -> Task:
         spec = self._spec
-        if spec.cold_start.dataset is not None and spec.cold_start.steps:
-            field = "cold_start.dataset"
-            file = self._file(field, spec.cold_start.dataset, (), kind="demonstrations")
-            kept = self._without(file, evaluated, np.arange(len(file)))
-            self._demonstrations = self._rows(file, kept)
-        demonstrations = self._demonstrations
         if not spec.task.file:
             task = built_in_task(spec.task)
+            demonstrations = self._open_demonstrations(evaluated)
             return task if demonstrations is None else Taught(task, demonstrations)
-        field = "task.dataset"
-        file = self._file(field, spec.task.file, spec.task.verifiers)
+        file = self._file("task.dataset", spec.task.file, spec.task.verifiers)
         train, held_out = file.split(spec.held_out)
         train = self._without(file, evaluated, train)
         self.rows = len(train)
         return JsonlTask(
             self._rows(file, train),
             self._rows(file, held_out) if len(held_out) else None,
-            demonstrations,
+            self._open_demonstrations(np.concatenate([evaluated, file.prompt_hashes[held_out]])),
         )
 
+    def _open_demonstrations(self, evaluated: np.ndarray) -> JsonlRows | None:
+        spec = self._spec.cold_start
+        if spec.dataset is None or not spec.steps:
+            return None
+        file = self._file("cold_start.dataset", spec.dataset, (), kind="demonstrations")
+        kept = self._without(file, evaluated, np.arange(len(file)))
+        self._demonstrations = self._rows(file, kept)
+        return self._demonstrations
+
     def _without(self, file: Dataset, evaluated: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Rows whose prompts are in no evaluation file."""
+        """Rows whose prompts are in no evaluation set."""
         kept = rows[~np.isin(file.prompt_hashes[rows], evaluated)]
         if left_out := len(rows) - len(kept):
             log.warning(

@@ -91,17 +91,17 @@ class Producer:
     async def _rewards(
         self, evaluated: Evaluated, attempt: int, version: int
     ) -> npt.NDArray[np.float64]:
-        """[prompts, k]: the rewards of a set; 0 where there is none to be had."""
+        """[prompts, k]: the rewards of a set; NaN where there is none to be had."""
         asked = self._spec.evaluation
         model = await self._sender.model()
         model.check(group_size=asked.k, cohort_sequences=max(COHORT_SEQUENCES, asked.k))
-        rewards_NK = np.zeros((evaluated.size, asked.k))
+        rewards_NK = np.full((evaluated.size, asked.k), np.nan)
 
         async def take(slot: Slot, responses: list[Response], _: float, __: str) -> None:
             judgements = await judge(
                 self._pool, evaluated.verifiers, slot.problem, responses, self._text
             )
-            rewards_NK[slot.id.slot] = [0.0 if j.fault else j.reward for j in judgements]
+            rewards_NK[slot.id.slot] = [np.nan if j.fault else j.reward for j in judgements]
 
         max_tokens = self._spec.evaluation_max_tokens
         slots = self._plan.evaluation_slots(evaluated, attempt, version)
@@ -195,12 +195,13 @@ def evaluation_columns(
 ) -> metrics.Row:
     """avg@k, the mean reward, and pass@k, the share of prompts with a right response among k.
 
-    With as many samples as k, that share is the unbiased estimate of 2107.03374, eq (1).
+    With as many samples as k, that share is the unbiased estimate of 2107.03374, eq (1). A response
+    without a reward (NaN) counts as 0, and is never right.
     """
     right_N = (rewards_NK >= pass_reward - _SUM_ROUNDING).any(axis=1)
     k = rewards_NK.shape[1]
     return {
-        f"eval/{name}/avg@{k}": float(rewards_NK.mean()),
+        f"eval/{name}/avg@{k}": float(np.nan_to_num(rewards_NK).mean()),
         f"eval/{name}/pass@{k}": float(right_N.mean()),
     }
 

@@ -132,6 +132,8 @@ class Weighted:
                     parts[f"{part}/{name}"] = _number(f"{part}/{name}", number)
             except (Exception, SystemExit) as error:
                 raise VerifierFault(f"{part} raised {type(error).__name__}: {error}") from error
+        if not math.isfinite(total):
+            raise VerifierFault(f"the weighted sum of {parts} is {total}")
         return Verdict(total, parts)
 
 
