@@ -75,7 +75,7 @@ def test_data_of_ones_own_are_learned_as_the_page_says(
     rows = rows_of(folder, monkeypatch, "words")
     first, last = rewards(rows)
     assert 0.2 < first < 0.4, "three in ten"
-    assert last > 1.5 * first, "near to doubling"
+    assert last > 0.4, "more than four in ten"
     assert rows[-1]["reward/part/regex"] == rows[-1]["reward/mean"]
     scores = [row["accuracy/eval"] for row in rows if row.get("accuracy/eval") is not None]
     assert len(scores) == 3
