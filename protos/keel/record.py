@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from keel.errors import WireError
@@ -59,7 +59,14 @@ class RunRecord:
     engines: tuple[str, ...] = ()
     """Addresses of the leased engines."""
     fencing_token: int = 0
-    """Token of both leases."""
+    """Token of the trainer's lease."""
+    engine_token: int = 0
+    """Token of the engines' leases; grows whenever an engine joins. Goes with every call that
+    changes an engine."""
+    draining: tuple[str, ...] = ()
+    """Those of `engines` that are to be emptied and given back."""
+    drained: tuple[str, ...] = ()
+    """Writer: collector. Those of `draining` that have nothing of this run in flight."""
     phase: Phase = Phase.QUEUED
     """Writer: trainer, once StartRun was taken; the gateway before. So are all fields below."""
     attempt: int = 0
@@ -67,6 +74,10 @@ class RunRecord:
     """Folder of the base artifact (config, tokenizer, weights) on the shared volume."""
     policy_version: int | None = None
     """Newest version that is published and proved."""
+    proved: Mapping[str, int] = field(default_factory=dict)
+    """By engine address: the version that it was last proved to serve, by hash and probe."""
+    stale: Mapping[str, str] = field(default_factory=dict)
+    """By engine address: why what it computes is not what it was sent, with the numbers."""
     step: int = 0
     """Optimizer steps done, cold start not counted."""
     cold_start_step: int = 0
@@ -94,6 +105,7 @@ class RunRecord:
                 trainer=self.trainer,
                 engines=self.engines,
                 fencing_token=self.fencing_token,
+                engine_token=self.engine_token,
                 phase=self.phase,
                 attempt=self.attempt,
                 step=self.step,
@@ -127,6 +139,11 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "trainer": str,
     "engines": lambda text: tuple(json.loads(text)),
     "fencing_token": int,
+    "engine_token": int,
+    "draining": lambda text: tuple(json.loads(text)),
+    "drained": lambda text: tuple(json.loads(text)),
+    "proved": json.loads,
+    "stale": json.loads,
     "phase": Phase,
     "attempt": int,
     "artifact": str,
@@ -152,6 +169,6 @@ def pack_fields(**fields: object) -> dict[str, str]:
     unknown = fields.keys() - _PARSERS.keys()
     assert not unknown, f"not fields of a run record: {unknown}"
     return {
-        name: json.dumps(list(value)) if isinstance(value, tuple) else str(value)
+        name: json.dumps(value) if isinstance(value, (tuple, Mapping)) else str(value)
         for name, value in fields.items()
     }

@@ -37,6 +37,9 @@ COHORT_SEQUENCES = 256
 """Most sequences of a cohort, unless one group is larger: a batch that computes well."""
 
 
+EngineKind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+
+
 def is_template(text: str) -> bool:
     """Whether a model.chat_template is the template itself, not the path of one."""
     return "{{" in text or "{%" in text
@@ -75,8 +78,9 @@ class ModelSpec(_Section):
 class EngineSpec(_Section):
     """[engine]: the inference engine that the run asks for."""
 
-    kind: Literal["torch"] = "torch"
-    """Which engine. The gateway leases one of this kind."""
+    kind: EngineKind | Annotated[tuple[EngineKind, ...], Field(min_length=1)] = "torch"
+    """Which engine: the kind that it names in its capabilities ("torch", "vllm", your own). Several
+    kinds in a list: at least one of each is leased. Only "torch" gives the same bits again."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of weights and activations in the engine."""
     quantize: Literal["none", "fp8", "fp4"] = "none"
@@ -86,8 +90,36 @@ class EngineSpec(_Section):
     """With quantize: also the inputs of linear layers."""
     quantize_router: bool = False
     """With quantize: also the routers."""
-    count: Literal[1] = 1
-    """Engines leased."""
+    count: PositiveInt | None = None
+    """Engines leased at once. Left out: one of each kind."""
+
+    @field_validator("kind")
+    @classmethod
+    def _once(cls, kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if len(set(kinds := _kinds(kind))) < len(kinds):
+            raise ValueError("each kind once; engine.count says how many engines")
+        return kind
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if self.engines < len(self.kinds):
+            valid = f"{len(self.kinds)} or more: one of each kind in engine.kind"
+            raise _across("engine.count", self.engines, valid)
+        return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds that suit, each of them wanted."""
+        return _kinds(self.kind)
+
+    @property
+    def engines(self) -> int:
+        """Engines leased at once."""
+        return self.count or len(self.kinds)
+
+
+def _kinds(kind: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (kind,) if isinstance(kind, str) else kind
 
 
 class TrainerSpec(_Section):

@@ -57,7 +57,7 @@ def engines_lack(spec: RunSpec, engines: Mapping[str, Capabilities]) -> list[Inv
 def engine_lacks(spec: RunSpec, capabilities: Capabilities) -> Iterator[InvalidField]:
     """Every field of the spec that one engine cannot do, with what it would take."""
     can, asked = capabilities.can, spec.engine
-    if asked.kind != can.kind:
+    if can.kind not in asked.kinds:
         yield InvalidField("engine.kind", asked.kind, repr(can.kind))
     dtypes = [_plain(tensor_pb2.DType.Name(dtype), "D_TYPE_") for dtype in can.dtypes]
     if asked.dtype not in dtypes:

@@ -66,7 +66,7 @@ def plan(
             continue
         free_trainers, no_trainer = _free("trainer", trainers, held, lambda trainer: "")
         free_engines, no_engine = _free("engine", engines, held, partial(_unfit, record))
-        count = record.spec.engine.count
+        count = record.spec.engine.engines
         if not free_trainers or len(free_engines) < count:
             short = (no_trainer if not free_trainers else "", no_engine if not free_engines else "")
             result.waiting[record.run] = "; ".join(filter(None, short))
