@@ -18,6 +18,7 @@ from keel.spec import RunSpec, load_spec
 from keel_rollout.collector.data import RunData
 from keel_rollout.collector.plan import Plan
 from keel_rollout.collector.produce import evaluation_columns
+from keel_rollout.collector.tasks.multiplication import is_held_out
 from keel_rollout.collector.text import TextCodec
 
 
@@ -160,6 +161,24 @@ def test_held_out_prompts_are_not_in_the_cold_start(
     assert not {text.prompt_ids(prompt).tobytes() for prompt in shown} & kept
     assert "cold_start.dataset" in caplog.text
     assert "46 rows are not trained on" in caplog.text
+
+
+def test_prompts_that_the_built_in_task_holds_out_are_not_in_the_cold_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All pairs of 10..99 and 2..9, 720 in all, about a tenth of them held out."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(2, 10)]
+    rows = [{"prompt": f"{a}*{b}=", "response": f"={a * b}"} for a, b in pairs]
+    cold = {"steps": 1, "dataset": write(tmp_path / "c.jsonl", rows)}
+    spec = spec_of(tmp_path, problems(9), task={"dataset": "multiplication"}, cold_start=cold)
+    held = {f"{a}*{b}=" for a, b in pairs if is_held_out(a, b)}
+    assert 36 < len(held) < 144
+    with caplog.at_level(logging.WARNING):
+        data = RunData(spec)
+    left = len(rows) - len(held)
+    shown = {str(data.task.demonstration(0, index)[0]) for index in range(left)}
+    assert shown == {row["prompt"] for row in rows} - held
+    assert f"{len(held)} rows are not trained on" in caplog.text
 
 
 def test_a_demonstration_longer_than_the_model_is_refused_by_line(

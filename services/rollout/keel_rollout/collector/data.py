@@ -13,7 +13,7 @@ from keel.dataset import Dataset
 from keel.errors import DatasetError
 from keel.rows import Kind
 from keel.spec import EvaluationSet, RunSpec, VerifierSpec, answers_for
-from keel_rollout.collector.tasks.base import Problem, Task
+from keel_rollout.collector.tasks.base import Problem, Prompt, Task
 from keel_rollout.collector.tasks.jsonl import JsonlRows, JsonlTask, Taught, shuffle_seed
 from keel_rollout.collector.tasks.registry import built_in_task
 from keel_rollout.collector.text import TextCodec
@@ -74,7 +74,7 @@ class RunData:
         spec = self._spec
         if not spec.task.file:
             task = built_in_task(spec.task)
-            demonstrations = self._open_demonstrations(evaluated)
+            demonstrations = self._open_demonstrations(evaluated, task.holds_out)
             return task if demonstrations is None else Taught(task, demonstrations)
         file = self._file("task.dataset", spec.task.file, spec.task.verifiers)
         train, held_out = file.split(spec.held_out)
@@ -86,11 +86,20 @@ class RunData:
             self._open_demonstrations(np.concatenate([evaluated, file.prompt_hashes[held_out]])),
         )
 
-    def _open_demonstrations(self, evaluated: np.ndarray) -> JsonlRows | None:
+    def _open_demonstrations(
+        self, evaluated: np.ndarray, holds_out: Callable[[Prompt], bool] | None = None
+    ) -> JsonlRows | None:
         spec = self._spec.cold_start
         if spec.dataset is None or not spec.steps:
             return None
         file = self._file("cold_start.dataset", spec.dataset, (), kind="demonstrations")
+        if holds_out is not None:
+            held = [
+                hash
+                for row, hash in enumerate(file.prompt_hashes)
+                if holds_out(file.row(row).prompt)
+            ]
+            evaluated = np.concatenate([evaluated, np.array(held, np.uint64)])
         kept = self._without(file, evaluated, np.arange(len(file)))
         self._demonstrations = self._rows(file, kept)
         return self._demonstrations

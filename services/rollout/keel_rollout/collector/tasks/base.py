@@ -81,6 +81,13 @@ class Task(Protocol):
         """A prompt and the response to imitate, `keel.presets.END` included."""
 
 
+class BuiltInTask(Task, Protocol):
+    """A task that makes its prompts."""
+
+    def holds_out(self, prompt: Prompt) -> bool:
+        """Whether a prompt, wherever it comes from, is one of those held out."""
+
+
 class Verifier(Protocol):
     """Judges responses. It runs in a worker process and may fail there in any way."""
 

@@ -35,6 +35,7 @@ digits are the product's, with the same noise."""
 HELD_OUT_IN = 10
 """One pair of factors in this many is held out."""
 
+_PAIR = re.compile(r"(?<!\d)(\d+)\*(\d)=", re.ASCII)
 _ANSWER = re.compile(r"=(\d+)" + re.escape(END) + r"\Z", re.ASCII)
 
 
@@ -59,6 +60,15 @@ class Multiplication:
     def held_out_problem(self, seed: int, index: int) -> Problem:
         """A held-out pair; seeds may meet in the same one."""
         return _problem(*self._draw(Random(seed), held_out=True))
+
+    def holds_out(self, prompt: Prompt) -> bool:
+        """Whether it is the prompt of a held-out pair, alone or in a chat message."""
+        texts = [prompt] if isinstance(prompt, str) else [str(each["content"]) for each in prompt]
+        return any(
+            is_held_out(int(pair[1]), int(pair[2]))
+            for text in texts
+            for pair in _PAIR.finditer(text)
+        )
 
     def demonstration(self, seed: int, index: int) -> tuple[Prompt, str]:
         """A prompt and a noisy response."""
