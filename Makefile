@@ -25,8 +25,13 @@ $(SETUP): $(PYPROJECTS) constraints.txt requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e protos -e 'services/rollout[torch]' -e services/trainer -e 'services/gateway[tensorboard,wandb]' -r requirements-dev.txt
 	@touch $@
 
-demo: $(SETUP) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html
-	$(BIN)/keel run examples/multiplication.toml --out runs/demo
+# engine vllm emulates no low precision: what it differs by from the trainer is its own bfloat16
+DEMO_torch :=
+DEMO_vllm := --set engine.kind=vllm --set engine.dtype=bfloat16 --set engine.quantize=none
+ENGINE ?= torch
+
+demo: $(SETUP) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html (ENGINE=vllm)
+	$(BIN)/keel run examples/multiplication.toml --out runs/demo $(DEMO_$(ENGINE))
 
 test: $(SETUP) ## run every test
 	$(BIN)/pytest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -303,11 +304,15 @@ def _valid(field: str, kind: str, message: str) -> str:
     return message.removeprefix("Value error, ").removeprefix("Input should be ")
 
 
-def load_spec(path: Path) -> RunSpec:
+def load_spec(path: Path, settings: Iterable[str] = ()) -> RunSpec:
     """Reads a job file (TOML).
 
     Data files that it names may be relative to its folder; a chat template's file is read into the
     spec, so that the job holds it.
+
+    Args:
+        settings: keys that replace those of the file, "section.key=value"; the value is TOML, and a
+            string where it is none.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -315,8 +320,28 @@ def load_spec(path: Path) -> RunSpec:
         raise InvalidField(str(path), str(error), "a TOML file; see examples/") from error
     except UnicodeDecodeError as error:
         raise InvalidField(str(path), str(error), "a TOML file in UTF-8") from error
+    for setting in settings:
+        _set(data, setting)
     _settle_paths(data, path.parent.absolute())
     return parse_spec(data)
+
+
+def _set(data: dict[str, Any], setting: str) -> None:
+    """Puts one "section.key=value" into decoded TOML; whether there is such a key is seen later."""
+    name, equals, text = setting.partition("=")
+    *sections, key = name.strip().split(".")
+    if not equals or not all((*sections, key)):
+        raise InvalidField("--set", setting, "KEY=VALUE, such as recipe.steps=8")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise InvalidField("--set", setting, f"a key of a section, and {section} is none")
+    data[key] = value
 
 
 def _settle_paths(data: dict[str, Any], folder: Path) -> None:

@@ -25,11 +25,12 @@ from keel_gateway.cli_export import export
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
 from keel_gateway.cli_init import init
 from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
-from keel_gateway.cli_options import Device, File, JobName, Json, Threads, Url
+from keel_gateway.cli_options import Device, File, JobName, Json, Set, Threads, Url
 from keel_gateway.cli_report import compare_jobs, report
 from keel_gateway.cli_samples import samples
 from keel_gateway.client import DEFAULT_DIR, LATEST, GatewayClient, find_url
 from keel_gateway.doctor import checks, say_check
+from keel_gateway.engine_kinds import engines_of, parse_engines
 from keel_gateway.follow import follow
 from keel_gateway.run_local import run_local
 from keel_gateway.schemas import Job
@@ -56,7 +57,10 @@ def up(
     port: Annotated[
         int, typer.Option(min=1, max=65535, envvar="KEEL_PORT", help="The gateway's.")
     ] = 8080,
-    engines: Annotated[int, typer.Option(min=1, help="Rollout engines.")] = 1,
+    engines: Annotated[
+        str,
+        typer.Option(metavar="N|KIND=N,...", help="Rollout engines: 2, or torch=1,vllm=1."),
+    ] = "1",
     device: Device = "cpu",
     threads: Threads = 1,
     as_json: Json = False,
@@ -64,7 +68,8 @@ def up(
     """Start everything on this machine and keep it running, until Ctrl-C."""
     say = err if as_json else out
     say.print(f"Starting Keel's services; logs in {folder / 'logs'}")
-    with Stack(folder, port=port, engines=engines, device=device, threads=threads) as stack:
+    kinds = parse_engines(engines)
+    with Stack(folder, port=port, engines=kinds, device=device, threads=threads) as stack:
         if as_json:
             show_json({"url": stack.url, "dir": str(stack.dir), "metrics": stack.metrics})
         say.print(f"Keel is up at [bold]{stack.url}[/] (API pages: {stack.url}/docs)")
@@ -79,12 +84,13 @@ def up(
 @app.command()
 def submit(
     file: File,
+    settings: Set = None,
     url: Url = None,
     follow_it: Annotated[bool, typer.Option("--watch", help="Then watch it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Submit a job file."""
-    spec = load_spec(file)
+    spec = load_spec(file, settings or ())
     with GatewayClient(find_url(url)) as client:
         job = client.submit(spec)
         if follow_it:
@@ -199,6 +205,14 @@ def run(
     folder: Annotated[
         Path, typer.Option("--out", file_okay=False, help="Job, metrics, report and model.")
     ],
+    settings: Set = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|KIND=N,...",
+            help="Engines started: 2, or torch=1,vllm=1. Left out: what the job asks for.",
+        ),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = 1,
     tensorboard: TensorBoardDir = None,
@@ -214,8 +228,14 @@ def run(
     show = write_events if as_json else partial(watch, console=out)
     console = err if as_json else out
     sinks = chosen(tensorboard, wandb, wandb_dir, offline=offline)
+    spec = load_spec(file, settings or ())
+    kinds = parse_engines(engines, spec.engine.kinds) if engines else engines_of(spec.engine)
     job = run_local(
-        load_spec(file), folder, console, show, device=device, threads=threads, sinks=sinks
+        *(spec, folder, console, show),
+        engines=kinds,
+        device=device,
+        threads=threads,
+        sinks=sinks,
     )
     if as_json:
         show_json({"event": "done", "job": job.model_dump(mode="json"), "out": str(folder)})

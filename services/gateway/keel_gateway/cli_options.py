@@ -43,6 +43,15 @@ JobOrRun = Annotated[
         help=f"Id, its beginning, '{LATEST}', or a folder left by keel run.",
     ),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of the job file, as if it stood there: --set recipe.steps=8, "
+        "--set engine.kind=vllm. May be repeated.",
+    ),
+]
 Url = Annotated[
     str | None,
     typer.Option("--url", help="Gateway. Else KEEL_URL, `keel up` in this folder, port 8080."),

