@@ -59,17 +59,35 @@ def write_run(
     client: redis.Redis,
     spec: RunSpec,
     artifact: Path,
-    engine: str,
+    *engines: str,
     run: str = "r",
     **fields: object,
 ) -> None:
-    """A run record and streams as gateway and trainer leave them; `fields` as in `pack_fields`."""
+    """A run record and streams as gateway and trainer leave them; `fields` as in `pack_fields`.
+
+    All engines have proved the version.
+    """
     for key in (demos_key(run), groups_key(run)):
         client.xgroup_create(key, CONSUMER_GROUP, id="0", mkstream=True)
-    record = RunRecord(run=run, spec=spec, created_s=time.time(), engines=(engine,))
-    written = pack_fields(artifact=artifact, **({"phase": "TRAINING"} | fields))
+    record = RunRecord(run=run, spec=spec, created_s=time.time(), engines=engines)
+    version = fields.get("policy_version")
+    ready = {} if version is None else {"proved": dict.fromkeys(engines, version)}
+    written = pack_fields(artifact=artifact, **({"phase": "TRAINING"} | ready | fields))
     client.hset(run_key(run), mapping=record.to_hash() | written)
     client.zadd(RUNS_KEY, {run: record.created_s})
+
+
+def publish(client: redis.Redis, version: int, *engines: str, **fields: object) -> None:
+    """What the trainer writes when `engines` (default: all leased) have proved a version."""
+    leased = RunRecord.from_hash("r", client.hgetall(run_key("r"))).engines
+    proved = dict.fromkeys(engines or leased, version)
+    client.hset(run_key("r"), mapping=pack_fields(policy_version=version, proved=proved, **fields))
+
+
+def lease(client: redis.Redis, *engines: str, version: int = 0) -> None:
+    """What gateway and trainer write when these engines are leased and have proved `version`."""
+    proved = dict.fromkeys(engines, version)
+    client.hset(run_key("r"), mapping=pack_fields(engines=engines, proved=proved))
 
 
 def envelopes(client: redis.Redis, run: str = "r", key: str = "") -> list[sequence_pb2.Envelope]:

@@ -17,8 +17,10 @@ import redis
 from collector_peers import (
     ScriptedEngine,
     envelopes,
+    lease,
     make_artifact,
     make_spec,
+    publish,
     without_times,
     write_run,
 )
@@ -136,7 +138,7 @@ async def test_prompts_and_seeds_depend_on_the_place_alone(
     write_run(client, make_spec(), artifact, engine.address, policy_version=0)
     async with collector(server.url):
         await until(lambda: client.xlen("keel:groups:r") == 8)
-        client.hset(run_key("r"), "policy_version", 1)
+        publish(client, 1)
         await until(lambda: client.xlen("keel:groups:r") == 16)
     after, first = asked(1), asked(0)
     engine.requests.clear()
@@ -306,7 +308,7 @@ async def test_a_collector_restarted_mid_lap_goes_on_from_redis(
     engine.Generate = some  # type: ignore[method-assign]
     await engine.stop()
     engine.address = await engine.start()
-    client.hset(run_key("r"), "engines", json.dumps([engine.address]))
+    lease(client, engine.address)
     async with collector(server.url):
         await until(lambda: client.xlen("keel:groups:r") == 3)
     waits.clear()
@@ -400,7 +402,7 @@ async def test_an_engine_away_mid_lap_is_waited_for(
         await until(lambda: len(engine.requests) == 8)
         await engine.stop()
         await asyncio.sleep(0.3)
-        client.hset(run_key("r"), "engines", json.dumps([await other.start()]))
+        lease(client, await other.start())
         await until(lambda: client.xlen("keel:groups:r") == 8)
     await other.stop()
     assert {r.cohort.id for r in other.requests} == {"0/0/train/0"}
@@ -418,7 +420,7 @@ async def test_a_new_engine_is_taken_while_other_cohorts_wait_at_the_old_one(
     async def stuck(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         if request.cohort.id == "0/0/train/0":
             await until(lambda: len(engine.requests) == 2)
-            client.hset(run_key("r"), "engines", json.dumps(addresses[1:]))
+            lease(client, *addresses[1:])
             await context.abort(grpc.StatusCode.UNAVAILABLE, "scripted")
         engine.requests.append(request)
         await forever.wait()
@@ -467,7 +469,7 @@ async def test_evaluation_comes_first_and_once(
     prompts = {r.prompt_token_ids.data for r in asked}
     assert not prompts & {r.prompt_token_ids.data for r in trained}
     engine.requests.clear()
-    client.hset(run_key("r"), "policy_version", 2)  # the last version: evaluated, nothing sampled
+    publish(client, 2)  # the last version: evaluated, nothing sampled
     async with collector(server.url):
         await until(lambda: client.hexists(metrics_key("r"), "0:4:evaluation"))
         await asyncio.sleep(0.2)
@@ -663,7 +665,7 @@ async def test_a_file_changed_between_start_and_resume_ends_the_run(
     write_run(client, spec, artifact, engine.address, policy_version=0)
     async with collector(server.url):
         await until(lambda: client.xlen("keel:groups:r") == 8)
-    client.hset(run_key("r"), "policy_version", 1)
+    publish(client, 1)
     write_rows(tmp_path / "d.jsonl", *sums(41))
     async with collector(server.url):
         await until(lambda: error_of(client))

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import redis
-from collector_peers import envelopes, make_spec, without_times, write_run
+from collector_peers import envelopes, lease, make_spec, without_times, write_run
 from rediskit import RedisServer
 
 from keel.codec import to_ndarray
@@ -25,7 +25,8 @@ from keel.record import RunRecord
 from keel.types.v1 import sequence_pb2
 from keel_trainer.artifact import prepare_artifact
 from keel_trainer.backends.torch import TorchBackend
-from keel_trainer.publish import Publisher, Version, probe_tokens
+from keel_trainer.publish import Publisher
+from keel_trainer.version import Version, probe_tokens
 
 SPEC = make_spec(
     rollout={"group_size": 16, "max_tokens": 24},
@@ -104,9 +105,9 @@ def publish(artifact: Path, address: str) -> None:
     backend = TorchBackend.from_pretrained(artifact)
     probe = probe_tokens(64)
     record = RunRecord(run="r", spec=SPEC, created_s=0.0, engines=(address,), fencing_token=1)
-    publisher = Publisher(record, artifact, backend.info, probe)
+    publisher = Publisher(record, artifact, backend.info, probe, write=lambda **fields: None)
     publisher.publish(
-        Version.build(0, backend.weights(), backend.probe_logprobs(probe)), lambda: None
+        Version.build(0, backend.weights(), backend.probe_logprobs(probe)), lambda: record
     )
     publisher.close()
 
@@ -219,7 +220,7 @@ def test_an_engine_killed_in_the_middle_is_waited_for(
         time.sleep(0.3)
         engine.start()
         until(lambda: len(re.findall("listens on", engine.log())) == 2)
-        client.hset(run_key("r"), "engines", f'["{address_of(engine)}"]')
+        lease(client, address_of(engine))
         publish(artifact, address_of(engine))
         until(lambda: client.xlen("keel:groups:r") == SLOTS)
         assert not client.hget(run_key("r"), "collector_error")

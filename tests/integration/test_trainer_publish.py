@@ -1,10 +1,13 @@
-"""Publishing to a real engine process: proved, resent, repaired, and a liar found out."""
+"""Publishing to real engine processes: proved, resent, repaired, and a liar found out."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +18,12 @@ from keel.record import RunRecord
 from keel.spec import parse_spec
 from keel_trainer.artifact import prepare_artifact
 from keel_trainer.backends.torch import TorchBackend
-from keel_trainer.publish import EngineError, Publisher, Version, probe_tokens
+from keel_trainer.delivery import EngineError
+from keel_trainer.publish import Publisher
+from keel_trainer.version import SharedWeights, Version, probe_tokens
 
 PROBE = probe_tokens(64)
-
-
-def never() -> None:
-    """Nothing is to be waited for."""
+SPEC = parse_spec({"name": "p", "model": {"path": "preset:tiny-qwen3-moe"}, "recipe": {"steps": 1}})
 
 
 @pytest.fixture(scope="module")
@@ -30,83 +32,259 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def backend(artifact: Path) -> TorchBackend:
+    return TorchBackend.from_pretrained(artifact)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def address(shared: Path) -> Iterator[str]:
+    with engine_process("--shared", str(shared)) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def second() -> Iterator[str]:
+    """Another engine, which shares no storage."""
     with engine_process() as (address, _):
         yield address
 
 
-SPEC = parse_spec({"name": "p", "model": {"path": "preset:tiny-qwen3-moe"}, "recipe": {"steps": 1}})
+class Run:
+    """A run's record as its fields are written, and a publisher that follows it."""
+
+    def __init__(
+        self,
+        artifact: Path,
+        *engines: str,
+        run: str,
+        token: int,
+        proved: dict[str, int] | None = None,
+        **more: Any,
+    ) -> None:
+        self.record = RunRecord(
+            run, SPEC, 0.0, engines=engines, engine_token=token, proved=proved or {}
+        )
+        self.history: list[dict[str, Any]] = []
+        info = TorchBackend.from_pretrained(artifact).info
+        self.publisher = Publisher(self.record, artifact, info, PROBE, write=self.write, **more)
+
+    def write(self, **fields: Any) -> None:
+        self.history.append(fields)
+        self.record = dataclasses.replace(self.record, **fields)
+
+    def change(self, **fields: Any) -> None:
+        """What the gateway writes."""
+        self.record = dataclasses.replace(self.record, **fields)
+        self.publisher.follow(self.record)
+
+    def publish(self, version: Version) -> None:
+        self.publisher.publish(version, lambda: self.record)
+
+    def until(self, holds: Callable[[RunRecord], bool], seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds(self.record):
+            assert time.monotonic() < deadline, self.record
+            self.publisher.follow(self.record)
+            time.sleep(0.02)
 
 
-def publisher(address: str, artifact: Path, run: str, token: int) -> Publisher:
-    record = RunRecord(run, SPEC, 0.0, engines=(address,), fencing_token=token)
-    return Publisher(record, artifact, TorchBackend.from_pretrained(artifact).info, PROBE)
+@pytest.fixture
+def started(artifact: Path) -> Iterator[Callable[..., Run]]:
+    """Starts runs; closes their publishers."""
+    runs: list[Run] = []
+
+    def start(*engines: str, **options: Any) -> Run:
+        runs.append(Run(artifact, *engines, **options))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.publisher.close()
 
 
 def version(backend: TorchBackend, number: int) -> Version:
     return Version.build(number, backend.weights(), backend.probe_logprobs(PROBE.tolist()))
 
 
-def test_a_version_is_proved_and_found_again(address: str, artifact: Path) -> None:
-    backend = TorchBackend.from_pretrained(artifact)
-    publish = publisher(address, artifact, "one", 1)
-    publish.publish(version(backend, 0), never)
-    assert publish.first_gap is not None
+def torn(right: Version) -> Version:
+    """One bit of the bytes differs from what the manifest says."""
+    name = next(iter(right.tensors))
+    data = np.frombuffer(right.tensors[name], np.uint8).copy()
+    data[0] ^= 1
+    return dataclasses.replace(right, tensors=right.tensors | {name: data.data})
+
+
+def wrong(right: Version, nats: float = 0.1) -> Version:
+    """The trainer's own log-probs lie off those of the weights, so the engine's do."""
+    return dataclasses.replace(right, probe_logprobs=[p - nats for p in right.probe_logprobs])
+
+
+def test_a_version_is_proved_and_found_again(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    first = started(address, run="one", token=1)
+    first.publish(version(backend, 0))
+    assert first.record.proved == {address: 0}
     # float32 engine against float32 trainer: only kernels differ
-    assert publish.first_gap < 1e-5
-    assert publish.behind(0) == []
-    assert publish.behind(1) == [address]
-    assert publish.routes_available(never)
-    # a lost reply: the same version again is no new one
-    publish.publish(version(backend, 0), never)
-    publish.close()
+    assert first.publisher.first_gaps.keys() == {"torch"}
+    assert first.publisher.first_gaps["torch"] < 1e-5
+    # a lost reply, or a trainer that was restarted: the same version again is no new one, and what
+    # serves it is not taken from the collector meanwhile
+    again = started(address, run="one", token=1, proved={address: 0})
+    again.publish(version(backend, 0))
+    assert again.history == []
+
+
+def test_an_engine_is_not_ready_while_it_changes(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    run = started(address, run="changing", token=2)
+    for number in (0, 1, 2):
+        run.publish(version(backend, number))
+    assert [fields["proved"] for fields in run.history if "proved" in fields] == [
+        {address: 0},
+        {},
+        {address: 1},
+        {},
+        {address: 2},
+    ]
 
 
 def test_an_engine_whose_log_probs_are_not_those_of_the_weights_is_found(
-    address: str, artifact: Path
+    started: Callable[..., Run], address: str, backend: TorchBackend
 ) -> None:
-    backend = TorchBackend.from_pretrained(artifact)
-    publish = publisher(address, artifact, "two", 2)
-    publish.publish(version(backend, 0), never)
-    right = version(backend, 1)
-    stale = dataclasses.replace(right, probe_logprobs=[p - 0.1 for p in right.probe_logprobs])
+    run = started(address, run="two", token=3)
+    run.publish(version(backend, 0))
     with pytest.raises(IntegrityError, match=r"version 1.*median gap 0\.1 nats.*at most 0\.02"):
-        publish.publish(stale, never)
-    publish.close()
+        run.publish(wrong(version(backend, 1)))
+    assert "median gap 0.1 nats, valid: at most 0.02" in run.record.stale[address]
+    assert run.record.proved == {}
+
+
+def test_another_model_at_first_load_is_found(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    run = started(address, run="other", token=4)
+    with pytest.raises(IntegrityError, match=r"gap at first load is 0\.8 nats.*at most 0\.5"):
+        run.publish(wrong(version(backend, 0), 0.8))
 
 
 def test_bytes_that_differ_from_their_hash_leave_the_old_version(
-    address: str, artifact: Path
+    started: Callable[..., Run], address: str, backend: TorchBackend
 ) -> None:
-    backend = TorchBackend.from_pretrained(artifact)
-    publish = publisher(address, artifact, "three", 3)
-    publish.publish(version(backend, 0), never)
-    torn = version(backend, 1)
-    name = next(iter(torn.tensors))
-    data = np.frombuffer(torn.tensors[name], np.uint8).copy()
-    data[0] ^= 1
-    torn.tensors[name] = data.data
+    run = started(address, run="three", token=5)
+    run.publish(version(backend, 0))
     with pytest.raises(EngineError, match="DATA_LOSS"):
-        publish.publish(torn, never)
-    assert publish.behind(0) == [], "version 0 is still served"
-    publish.close()
+        run.publish(torn(version(backend, 1)))
+    again = started(address, run="three", token=5)
+    again.publish(version(backend, 0))
+    assert again.record.proved == {address: 0}, "version 0 is still served"
+    assert [f for f in again.history if f.get("proved") == {}] == [], "and was not sent anew"
 
 
-def test_an_engine_that_is_ahead_is_left_there(address: str, artifact: Path) -> None:
-    """The trainer died after publishing version 1 and before recording it, and is back at 0."""
-    backend = TorchBackend.from_pretrained(artifact)
-    first = publisher(address, artifact, "ahead", 4)
-    first.publish(version(backend, 0), never)
-    first.publish(version(backend, 1), never)
-    again = publisher(address, artifact, "ahead", 4)
-    assert again.behind(0) == []
-    again.publish(version(backend, 1), never)
-    assert again.behind(1) == []
-    assert again.behind(2) == [address]
-
-
-def test_an_overtaken_lease_is_refused(address: str, artifact: Path) -> None:
-    backend = TorchBackend.from_pretrained(artifact)
-    publisher(address, artifact, "four", 9).publish(version(backend, 0), never)
+def test_an_overtaken_lease_is_refused(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    started(address, run="four", token=9).publish(version(backend, 0))
+    run = started(address, run="three", token=5)
     with pytest.raises(EngineError, match="PERMISSION_DENIED"):
-        publisher(address, artifact, "three", 3).publish(version(backend, 1), never)
+        run.publish(version(backend, 1))
+    assert "PERMISSION_DENIED" in run.record.stale[address]
+
+
+def test_each_engine_proves_a_version_on_its_own(
+    started: Callable[..., Run], address: str, second: str, backend: TorchBackend
+) -> None:
+    run = started(address, second, run="pair", token=10)
+    for number in (0, 1):
+        run.publish(version(backend, number))
+        run.until(lambda record, n=number: record.proved == {address: n, second: n})
+
+
+def test_a_dead_engine_holds_up_nobody(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    run = started("127.0.0.1:1", address, run="half", token=11)
+    began = time.monotonic()
+    run.publish(version(backend, 0))
+    assert time.monotonic() - began < 5
+    assert run.record.proved == {address: 0}
+    assert run.record.stale == {}
+
+
+def test_an_engine_that_refuses_for_good_is_told_and_the_others_go_on(
+    started: Callable[..., Run], address: str, second: str, backend: TorchBackend
+) -> None:
+    started(second, run="holder", token=50).publish(version(backend, 0))
+    run = started(address, second, run="refused", token=12)
+    run.publish(version(backend, 0))
+    run.until(lambda record: "PERMISSION_DENIED" in record.stale.get(second, ""))
+    assert run.record.proved == {address: 0}
+    # given back and leased again: the token grows, and the next version is another chance
+    run.change(engine_token=51)
+    run.publish(version(backend, 1))
+    run.until(lambda record: record.proved == {address: 1, second: 1} and not record.stale)
+
+
+def test_a_restarted_engine_is_brought_back_in_the_background(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    with contextlib.ExitStack() as processes:
+        other, process = processes.enter_context(engine_process())
+        run = started(address, other, run="restart", token=60)
+        run.publish(version(backend, 0))
+        run.until(lambda record: len(record.proved) == 2)
+        process.kill()
+        process.wait()
+        processes.enter_context(engine_process("--listen", other))
+        began = time.monotonic()
+        run.until(lambda record: other not in record.proved)
+        run.until(lambda record: record.proved == {address: 0, other: 0})
+        assert time.monotonic() - began < 15
+
+
+def test_engines_join_drain_and_leave(
+    started: Callable[..., Run], address: str, second: str, backend: TorchBackend
+) -> None:
+    run = started(address, run="moves", token=70)
+    run.publish(version(backend, 0))
+    run.change(engines=(address, second), engine_token=71)
+    run.until(lambda record: record.proved == {address: 0, second: 0})
+    run.change(draining=(address,))
+    run.publish(version(backend, 1))
+    run.until(lambda record: record.proved == {address: 0, second: 1})
+    time.sleep(0.3)
+    assert run.record.proved[address] == 0, "what drains keeps its version"
+    run.change(engines=(second,), draining=())
+    assert run.record.proved == {second: 1}
+
+
+def test_weights_go_by_reference_to_those_that_share_the_folder(
+    started: Callable[..., Run], address: str, second: str, shared: Path, backend: TorchBackend
+) -> None:
+    """The second engine shares nothing: it gets the same version by stream."""
+    weights = SharedWeights(shared, "shared")
+    seen: list[tuple[str, int]] = []
+    file = weights.file
+
+    @contextlib.contextmanager
+    def watched(sent: Version) -> Iterator[str]:
+        with file(sent) as path:
+            seen.append((path, (shared / path).stat().st_mode & 0o777))
+            yield path
+
+    weights.file = watched  # type: ignore[method-assign]
+    run = started(address, second, run="shared", token=80, shared=weights)
+    for number in (0, 1):
+        run.publish(version(backend, number))
+        run.until(lambda record, n=number: record.proved == {address: n, second: n})
+    by_reference = [f"weights/shared/version-{n}.safetensors" for n in (0, 0, 1)]
+    assert sorted(seen) == [(path, 0o600) for path in by_reference], "the second asked once"
+    assert list((shared / "weights" / "shared").iterdir()) == []
+    run.publisher.close()
+    assert not (shared / "weights" / "shared").exists()

@@ -18,7 +18,7 @@ def progress(step: int, cold: int = 10) -> Progress:
         attempt=0,
         cold_start_step=cold,
         step=step,
-        first_gap=0.01,
+        first_gaps={"torch": 0.01},
     )
 
 

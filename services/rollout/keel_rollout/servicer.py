@@ -134,6 +134,8 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
             files=[pb.ModelFile(name=name, data=files[name]) for name in sorted(files)],
             precision=request.precision,
         ).SerializeToString(deterministic=True)
+        if request.anew:
+            self._model_key = None
         loaded = await _to_the_end(self._load(key, lease.run, files, request.precision))
         return pb.LoadModelResponse(loaded=loaded)
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,8 +38,8 @@ class Progress:
     """Supervised steps done."""
     step: int
     """Optimizer steps of the recipe done; a multiple of N."""
-    first_gap: float | None = None
-    """Probe gap at first load, nats."""
+    first_gaps: dict[str, float] = field(default_factory=dict)
+    """Probe gap at first load, nats, by kind of engine."""
 
 
 class Checkpoints:
@@ -76,6 +76,8 @@ class Checkpoints:
                 if f"{_hash(folder / 'state.safetensors'):016x}" != digest:
                     raise ValueError("state.safetensors differs from its hash")
                 state = load_file(folder / "state.safetensors")
+                if (gap := content.pop("first_gap", None)) is not None:
+                    content["first_gaps"] = {"torch": gap}  # written when that was the only kind
                 return Progress(**content), state
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.error("%s cannot be used, taking the one before: %s", folder, error)

@@ -28,10 +28,10 @@ from keel_trainer.backends.base import Backend
 from keel_trainer.backends.torch import TorchBackend
 from keel_trainer.checkpoint import Checkpoints, Progress
 from keel_trainer.consumer import SlotReader
-from keel_trainer.publish import Publisher, Version, probe_tokens
+from keel_trainer.publish import Publisher
 from keel_trainer.samples import Sampler
-from keel_trainer.sequences import RouteShape
 from keel_trainer.store import RunStore
+from keel_trainer.version import SharedWeights, Version, probe_tokens
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +41,10 @@ COLD_START_CHECKPOINT_EVERY = 128
 COLD_START_LOG_EVERY = 50
 
 _PAUSE_POLL_S = 0.5
-_ENGINE_CHECK_S = 2.0
 
 
 class CancelledError(Exception):
     """Its user has cancelled the run."""
-
-
-class CapabilityError(KeelError):
-    """The leased engines cannot do what the recipe needs."""
 
 
 class CollectorError(KeelError):
@@ -76,23 +71,25 @@ class TrainingRun:
     """Supervised steps done."""
     step: int
     """Optimizer steps of the recipe done."""
-    route_shape: RouteShape | None = None
-    """Shape of the routes that rollouts bring; None: dense model, or an engine without routes."""
     newest_version: int = -1
     """Highest version that the run ever made, before a crash too. The groups of every lap below it
     are in the stream, or covered by a checkpoint: they are not made again."""
-    proved: int | None = None
-    """Version that the engines were last seen to serve."""
-    engines_checked_s: float = 0.0
 
     @classmethod
     def open(
-        cls, store: RunStore, reading: redis.Redis, folder: Path, *, device: str
+        cls,
+        store: RunStore,
+        reading: redis.Redis,
+        folder: Path,
+        *,
+        device: str,
+        weights: Path | None = None,
     ) -> TrainingRun:
         """The run as its newest checkpoint left it, or at its beginning.
 
         Args:
             reading: see `SlotReader`.
+            weights: see `SharedWeights`; None: weights go by stream.
         """
         record = store.read()
         spec, recipe = record.spec, record.spec.recipe
@@ -145,7 +142,16 @@ class TrainingRun:
             folder=folder,
             artifact=artifact,
             backend=backend,
-            publisher=Publisher(record, artifact, backend.info, probe, progress.first_gap),
+            publisher=Publisher(
+                record,
+                artifact,
+                backend.info,
+                probe,
+                progress.first_gaps,
+                write=store.write,
+                needs_routes=plan.needs_engine_routes,
+                shared=SharedWeights(weights, record.run) if weights else None,
+            ),
             checkpoints=checkpoints,
             demos=reader[demos_key(record.run)],
             groups=reader[groups_key(record.run)],
@@ -169,13 +175,15 @@ class TrainingRun:
 
     def train(self) -> None:
         """Trains to the end, or raises: CancelledError, or what went wrong."""
+        try:
+            self._train()
+        finally:
+            self.publisher.close()
+
+    def _train(self) -> None:
         self._list_checkpoints()
         self._cold_start()
         self._publish()
-        if self.publisher.routes_available(self._check_record):
-            self.route_shape = self.backend.info.route_shape
-        elif self.plan.needs_engine_routes:
-            raise CapabilityError("recipe.replay is R3, and the leased engine reports no routes")
         self.store.write(phase=Phase.TRAINING)
         while self.step < self.spec.recipe.steps:
             self._wait_while_paused()
@@ -191,7 +199,6 @@ class TrainingRun:
             chat_template=self.spec.model.chat_template,
         )
         self.store.write(model=model)
-        self.publisher.close()
 
     def _lap(self) -> None:
         """N optimizer steps on one lap of groups; one new version."""
@@ -237,7 +244,8 @@ class TrainingRun:
             ],
             self.spec,
             vocab_size=self.backend.info.vocab_size,
-            routes=self.route_shape,
+            routes=self.backend.info.route_shape,
+            routes_needed=self.plan.needs_engine_routes,
             trainer_version=lap,
             device=self.device,
             show=lap in self.sampler.laps,
@@ -273,25 +281,23 @@ class TrainingRun:
             self.store.write(cold_start_step=max(self.cold_start_step, done_before))
 
     def _publish(self) -> None:
-        """Makes every engine serve the weights as they are, as version `self.version`.
+        """Makes the engines serve the weights as they are, as version `self.version`; returns when
+        one does.
 
         A version below the newest one, made again after a crash, has the same bits (or the run
         ends here) and is not sent: the groups sampled from it are all in the stream.
         """
-        version = self._build_version()
+        self.publisher.release()
+        probe = probe_tokens(self.backend.info.vocab_size).tolist()
+        version = Version.build(
+            self.version, self.backend.weights(), self.backend.probe_logprobs(probe)
+        )
         self.store.record_version(version.number, version.manifest.fingerprint)
         if version.number < self.newest_version:
             return
         self.newest_version = version.number
         self.publisher.publish(version, self._check_record)
-        self.proved = version.number
         self.store.write(policy_version=version.number)
-
-    def _build_version(self) -> Version:
-        probe = probe_tokens(self.backend.info.vocab_size)
-        return Version.build(
-            self.version, self.backend.weights(), self.backend.probe_logprobs(probe.tolist())
-        )
 
     def _checkpoint(self) -> None:
         """Writes a checkpoint, then acknowledges what it covers."""
@@ -300,7 +306,7 @@ class TrainingRun:
                 attempt=self.record.attempt,
                 cold_start_step=self.cold_start_step,
                 step=self.step,
-                first_gap=self.publisher.first_gap,
+                first_gaps=self.publisher.first_gaps,
             ),
             self.backend.state_dict(),
         )
@@ -316,10 +322,7 @@ class TrainingRun:
         )
 
     def _check(self) -> None:
-        """While waiting: ends the run if it is to end, and repairs engines that lost their weights.
-
-        Called only while the weights are those of `self.version`.
-        """
+        """While waiting: ends the run if it is to end, or can never go on."""
         self._check_record()
         in_cold_start = self.cold_start_step < self.spec.cold_start.steps
         reader = self.demos if in_cold_start else self.groups
@@ -329,12 +332,6 @@ class TrainingRun:
                 "it was trained on is neither in the stream nor covered by a checkpoint that can "
                 "be read: restore the newest checkpoint"
             )
-        now = time.monotonic()
-        if self.proved == self.version and now - self.engines_checked_s > _ENGINE_CHECK_S:
-            self.engines_checked_s = now
-            if behind := self.publisher.behind(self.version):
-                log.warning("%s lost version %d, publishing it again", behind, self.version)
-                self.publisher.publish(self._build_version(), self._check_record)
 
     def _check_record(self) -> RunRecord:
         record = self.store.read()
@@ -342,6 +339,7 @@ class TrainingRun:
             raise CancelledError
         if record.collector_error:
             raise CollectorError(record.collector_error)
+        self.publisher.follow(record)
         return record
 
     def _wait_while_paused(self) -> None:

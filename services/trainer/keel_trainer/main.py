@@ -59,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
         help="torch threads; they enter the rounding, so keep them fixed (KEEL_TORCH_THREADS)",
     )
     parser.add_argument(
+        "--weights",
+        metavar="DIR",
+        type=Path,
+        default=env("KEEL_WEIGHTS_DIR"),
+        help="folder that engines know as their --shared, under /dev/shm say: weights then go "
+        "through a file in it, and by stream to engines that do not see it (KEEL_WEIGHTS_DIR)",
+    )
+    parser.add_argument(
         FLAG,
         metavar="HOST:PORT",
         default=env("KEEL_TRAINER_METRICS", ""),
@@ -68,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    options = ChildOptions(args.redis, args.runs.resolve(), args.device, args.threads)
+    weights = args.weights.resolve() if args.weights else None
+    options = ChildOptions(args.redis, args.runs.resolve(), args.device, args.threads, weights)
     servicer = TrainerServicer(options)
     if args.metrics:
         REGISTRY.register(TrainingCollector(connect(args.redis, retries=0), servicer.running))

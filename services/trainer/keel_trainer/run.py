@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--fencing-token", required=True, type=int, help="token of the lease")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--weights", type=Path, help="folder for weights by reference")
     parser.add_argument("--threads", default=1, type=int, help="torch threads; enters the rounding")
     args = parser.parse_args(argv)
     logging.basicConfig(
@@ -46,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             store.drop_streams()
             return 0
         reading = connect(args.redis, retries=0)
-        TrainingRun.open(store, reading, args.runs / args.run, device=args.device).train()
+        TrainingRun.open(
+            store, reading, args.runs / args.run, device=args.device, weights=args.weights
+        ).train()
         store.end(Phase.SUCCEEDED)
     except CancelledError:
         log.info("cancelled")

@@ -40,6 +40,8 @@ class ChildOptions:
     runs: Path
     device: str
     threads: int
+    weights: Path | None = None
+    """Folder for weights by reference."""
 
     def argv(self, run: str, fencing_token: int) -> list[str]:
         """The child's command line; what is secret goes by `env`."""
@@ -47,6 +49,7 @@ class ChildOptions:
             *(sys.executable, "-m", "keel_trainer.run", "--run", run),
             *("--runs", str(self.runs), "--fencing-token", str(fencing_token)),
             *("--device", self.device, "--threads", str(self.threads)),
+            *(("--weights", str(self.weights)) if self.weights else ()),
         ]
 
     def env(self) -> dict[str, str]:

@@ -59,6 +59,7 @@ class MiniBatch:
         *,
         vocab_size: int,
         routes: RouteShape | None,
+        routes_needed: bool = False,
         trainer_version: int,
         device: str,
         show: bool = False,
@@ -66,7 +67,9 @@ class MiniBatch:
         """Decodes and cuts the groups of one mini-batch, given in slot order.
 
         Args:
-            routes: shape of the routes that every sequence must bring; None to ignore them.
+            routes: shape of the routes that sequences bring; None: a dense model.
+            routes_needed: every sequence must bring them. Otherwise the groups of an engine that
+                reports none are as good as any, and only the comparison of routes is not made.
             trainer_version: version of the weights that will be updated first.
             show: fill `shown`.
 
@@ -74,7 +77,15 @@ class MiniBatch:
             WireError: an envelope is malformed.
         """
         began = time.perf_counter()
-        groups = [_decode_group(envelope, spec, vocab_size, routes) for envelope in envelopes]
+        groups = [
+            _decode_group(
+                envelope,
+                spec,
+                vocab_size,
+                routes if routes_needed or _has_routes(envelope) else None,
+            )
+            for envelope in envelopes
+        ]
         _report_invalid(groups, envelopes)
         everything = [sequence for group in groups for sequence in group]
         rewards_N = torch.tensor([s.reward if s.valid else 0.0 for s in everything])
@@ -89,7 +100,7 @@ class MiniBatch:
         cuts = cut_micro_batches([s.fed_length for s in sequences], spec.trainer.micro_batch_tokens)
         micros = [
             collate(
-                sequences[cut.start : cut.stop],
+                _alike(sequences[cut.start : cut.stop]),
                 advantages_N[kept[cut.start : cut.stop]],
                 device=device,
             )
@@ -272,6 +283,17 @@ def _decode_group(
         lonely = "fewer than two of its group are valid"
         return [replace(s, valid=False, invalid_reason=s.invalid_reason or lonely) for s in group]
     return group
+
+
+def _has_routes(envelope: sequence_pb2.Envelope) -> bool:
+    return any(sequence.HasField("routes") for sequence in envelope.group.sequences)
+
+
+def _alike(sequences: Sequence[TrainSequence]) -> Sequence[TrainSequence]:
+    """All with their routes or, where one has none, all without: a micro-batch of two engines."""
+    if all(sequence.routes_TLK is not None for sequence in sequences):
+        return sequences
+    return [replace(sequence, routes_TLK=None) for sequence in sequences]
 
 
 def _check_sampling(sampling: sequence_pb2.SamplingParams, temperature: float, field: str) -> None:

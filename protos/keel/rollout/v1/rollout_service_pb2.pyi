@@ -151,14 +151,16 @@ class ModelFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LoadModelRequest(_message.Message):
-    __slots__ = ("lease", "files", "precision")
+    __slots__ = ("lease", "files", "precision", "anew")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
+    ANEW_FIELD_NUMBER: _ClassVar[int]
     lease: Lease
     files: _containers.RepeatedCompositeFieldContainer[ModelFile]
     precision: EnginePrecision
-    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., files: _Optional[_Iterable[_Union[ModelFile, _Mapping]]] = ..., precision: _Optional[_Union[EnginePrecision, _Mapping]] = ...) -> None: ...
+    anew: bool
+    def __init__(self, lease: _Optional[_Union[Lease, _Mapping]] = ..., files: _Optional[_Iterable[_Union[ModelFile, _Mapping]]] = ..., precision: _Optional[_Union[EnginePrecision, _Mapping]] = ..., anew: bool = ...) -> None: ...
 
 class LoadModelResponse(_message.Message):
     __slots__ = ("loaded",)

@@ -49,6 +49,10 @@ class Backoff:
         await asyncio.sleep(self._wait_s)
         self._wait_s = min(2 * self._wait_s, MOST_S)
 
+    def reset(self) -> None:
+        """It went well: the next trouble waits from the start again."""
+        self._wait_s = FIRST_S
+
 
 def passes(error: Exception) -> bool:
     """An operation on Redis failed for a reason that goes away by itself or by an operator."""

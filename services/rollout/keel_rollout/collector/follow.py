@@ -12,9 +12,10 @@ from keel.errors import WireError
 from keel.queue import RUNS_KEY, run_key
 from keel.record import Desired, RunRecord
 from keel_rollout.collector.backoff import insist
-from keel_rollout.collector.run import Watched, collect
+from keel_rollout.collector.run import collect
 from keel_rollout.collector.telemetry import RUNS
 from keel_rollout.collector.verify import VerifierPool
+from keel_rollout.collector.watched import Watched
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import redis.asyncio
@@ -23,43 +22,24 @@ from keel.record import RunRecord, pack_fields
 from keel.spec import RunSpec, VerifierSpec
 from keel_rollout.collector.backoff import insist
 from keel_rollout.collector.data import RunData
+from keel_rollout.collector.fleet import Fleet
 from keel_rollout.collector.plan import Plan
 from keel_rollout.collector.produce import Producer
-from keel_rollout.collector.sender import Sender
+from keel_rollout.collector.sender import Sender, together
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
+from keel_rollout.collector.watched import Watched
 
 log = logging.getLogger(__name__)
-
-
-class Watched:
-    """The newest record of a run, and a way to wait for a change."""
-
-    def __init__(self, record: RunRecord) -> None:
-        self.record = record
-        self._changed = asyncio.Event()
-
-    def put(self, record: RunRecord) -> None:
-        """Takes a newer record."""
-        if record != self.record:
-            self.record = record
-            self._changed.set()
-            self._changed = asyncio.Event()
-
-    async def until(self, holds: Callable[[RunRecord], bool]) -> RunRecord:
-        """The first record for which `holds`."""
-        while not holds(self.record):
-            await self._changed.wait()
-        return self.record
 
 
 async def collect(watched: Watched, client: redis.asyncio.Redis, pool: VerifierPool) -> None:
     """Does the run's work until cancelled. An error that no retry mends goes into its record."""
     run = watched.record.run
-    sender = Sender(run, lambda: watched.record.engines)
+    fleet = Fleet(watched, client)
     try:
         await watched.until(lambda record: not record.collector_error)
-        await _work(watched, client, pool, sender)
+        await together([fleet.follow(), _work(watched, client, pool, Sender(fleet))])
     except Exception as error:
         if isinstance(error, KeelError):
             message = str(error)
@@ -70,7 +50,7 @@ async def collect(watched: Watched, client: redis.asyncio.Redis, pool: VerifierP
         field = pack_fields(collector_error=message)
         await insist(f"run {run}", lambda: client.hset(run_key(run), mapping=field))  # type: ignore[arg-type]
     finally:
-        await sender.close()
+        await fleet.close()
 
 
 async def _work(

@@ -1,49 +1,59 @@
-"""Sends cohorts to the run's engine until they are answered.
+"""Sends cohorts to the run's engines until they are answered.
 
-A cohort is the unit of trying: if the engine fails on one of its groups, the whole cohort is sent
-again under the next try number, so that it is always computed as the same batch. What has come of
-an earlier try is handed over all the same; a group handed over twice has the same content.
+A cohort is the unit of placing, and at a deterministic engine of trying too: if the engine fails on
+one of its groups, the whole cohort is sent again under the next try number, to another engine if
+there is one, so that it is always computed as the same batch. What has come of an earlier try is
+handed over all the same; a group handed over twice has the same content. To an engine that is not
+deterministic only the groups that have not come are sent again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from keel import codec
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector.backoff import Backoff
-from keel_rollout.collector.engine_client import EngineClient, EngineFailure, EngineModel
+from keel_rollout.collector.engine_client import EngineFailure, EngineModel
+from keel_rollout.collector.fleet import Fleet, Member
 from keel_rollout.collector.plan import Cohort, Slot
 from keel_rollout.collector.responses import Response
 from keel_rollout.collector.telemetry import ENGINE_RETRIES
 
+log = logging.getLogger(__name__)
+
 Take = Callable[[Slot, list[Response], float, str], Awaitable[None]]
 """Receives a group: slot, responses, seconds since `send` began, engine address."""
-
-COHORTS_IN_FLIGHT = 2
-"""One computes and one waits at the engine, so that it never idles."""
 
 _YEAR_2026_S = 1_767_225_600
 
 
-class Sender:
-    """The run's engines, as its record names them at each moment."""
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A cohort on its way."""
 
-    def __init__(self, run: str, engines: Callable[[], Sequence[str]]) -> None:
-        """
-        Args:
-            engines: the leased engines' addresses now; the first one is used.
-        """
-        self._run, self._engines = run, engines
-        self._client: EngineClient | None = None
+    cohort: Cohort
+    came: set[int] = field(default_factory=set)
+    """Slots that have been handed over."""
+    failed_at: str = ""
+    """Engine that failed it last."""
+
+
+class Sender:
+    """Spreads cohorts over the engines of one run."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
         self._try_number = 0
 
     async def model(self) -> EngineModel:
-        """What the engine has loaded; waits until it has loaded this run's model."""
-        return (await self._ready())[1]
+        """What the engines have loaded; waits until one has loaded this run's model."""
+        return await self._fleet.model()
 
     async def send(
         self,
@@ -55,82 +65,99 @@ class Sender:
         purpose: pb.Purpose,
         policy_version: int,
     ) -> None:
-        """Hands every group of every cohort to `take`, as it comes.
+        """Hands every group of every cohort to `take`, as it comes. Earlier cohorts go first.
 
         Raises a KeelError for what a resend cannot mend.
         """
+        template = pb.GenerateRequest(
+            num_samples=num_samples,
+            sampling=sampling,
+            purpose=purpose,
+            require_policy_version=policy_version,
+        )
         began_s = time.perf_counter()
-        slots_in_flight = asyncio.Semaphore(COHORTS_IN_FLIGHT)
-
-        async def send_one(cohort: Cohort) -> None:
-            async with slots_in_flight:
-                backoff = Backoff(f"run {self._run}, cohort {cohort.id}")
-                while True:
-                    client, model = await self._ready()
-                    template = pb.GenerateRequest(
-                        num_samples=num_samples,
-                        sampling=sampling,
-                        purpose=purpose,
-                        require_policy_version=policy_version,
-                        with_routes=model.routed and purpose == pb.PURPOSE_TRAINING,
-                    )
-                    try:
-                        return await self._try(client, model, cohort, template, take, began_s)
-                    except EngineFailure as failure:
+        waiting = dict(enumerate(map(_Waiting, cohorts)))
+        under_way: dict[asyncio.Task[EngineFailure | None], tuple[int, _Waiting]] = {}
+        try:
+            while waiting or under_way:
+                change = self._fleet.change  # before looking, so that none is missed
+                for number in sorted(waiting):
+                    one = waiting[number]
+                    if member := self._fleet.take(policy_version, one.failed_at):
+                        task = asyncio.create_task(self._try(member, one, template, take, began_s))
+                        # also where it is cancelled before it begins
+                        task.add_done_callback(partial(self._ended, member))
+                        under_way[task] = number, waiting.pop(number)
+                changed = asyncio.create_task(change.wait())
+                try:
+                    await asyncio.wait({changed, *under_way}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
+                for task in [task for task in under_way if task.done()]:
+                    number, one = under_way.pop(task)
+                    if task.result() is not None:  # raises what a resend cannot mend
                         ENGINE_RETRIES.inc()
-                        await backoff.wait(failure)
+                        waiting[number] = one
+        finally:
+            for task in under_way:
+                task.cancel()
+            if under_way:
+                await asyncio.wait(under_way)
 
-        await together(send_one(cohort) for cohort in cohorts)
-
-    async def close(self) -> None:
-        """Closes the channel."""
-        if self._client is not None:
-            await self._client.close()
-
-    async def _ready(self) -> tuple[EngineClient, EngineModel]:
-        backoff = Backoff(f"run {self._run}")
-        while True:
-            try:
-                client = await self._connected()
-                return client, await client.model(self._run)
-            except EngineFailure as failure:
-                await backoff.wait(failure)
-
-    async def _connected(self) -> EngineClient:
-        addresses = self._engines()
-        if not addresses:
-            raise EngineFailure("no engine is leased")
-        if self._client is None or self._client.address != addresses[0]:
-            # replaced before the old one is closed: other cohorts come here meanwhile
-            old, self._client = self._client, EngineClient(addresses[0])
-            if old is not None:
-                await old.close()
-        return self._client
+    def _ended(self, member: Member, task: asyncio.Task[EngineFailure | None]) -> None:
+        sound = not task.cancelled() and task.exception() is None
+        self._fleet.give_back(member, task.result() if sound else None)
 
     async def _try(
         self,
-        client: EngineClient,
-        model: EngineModel,
-        cohort: Cohort,
+        member: Member,
+        waiting: _Waiting,
         template: pb.GenerateRequest,
         take: Take,
         began_s: float,
-    ) -> None:
+    ) -> EngineFailure | None:
+        """One try of a cohort at one engine; returns what may pass if it is sent again."""
+        client, model = member.client, member.model
+        assert model is not None
+        slots = list(waiting.cohort.slots)
+        common = pb.GenerateRequest(
+            with_routes=model.routed and template.purpose == pb.PURPOSE_TRAINING
+        )
+        common.MergeFrom(template)
         self._try_number = max(self._try_number + 1, _ticks())
         if model.can.deterministic:
-            template.cohort.id = cohort.id
-            template.cohort.size = len(cohort.slots)
-            template.cohort.try_number = self._try_number
+            common.cohort.id = waiting.cohort.id
+            common.cohort.size = len(slots)
+            common.cohort.try_number = self._try_number
+        else:
+            slots = [slot for slot in slots if slot.id.slot not in waiting.came]
+        failures: list[EngineFailure] = []
 
         async def one(slot: Slot) -> None:
             request = pb.GenerateRequest(
                 id=slot.id, prompt_token_ids=codec.to_tensor(slot.prompt_ids_P), seed=slot.seed
             )
-            request.MergeFrom(template)
-            responses = await client.generate(request, model)
+            request.MergeFrom(common)
+            try:
+                responses = await client.generate(request, model)
+            except EngineFailure as failure:
+                if model.can.deterministic:
+                    raise
+                failures.append(failure)  # the other groups are of use without this one
+                return
             await take(slot, responses, time.perf_counter() - began_s, client.address)
+            waiting.came.add(slot.id.slot)
 
-        await together(one(slot) for slot in cohort.slots)
+        try:
+            await together(one(slot) for slot in slots)
+        except EngineFailure as failure:
+            failures.append(failure)
+        if not failures:
+            member.backoff.reset()
+            return None
+        waiting.failed_at = client.address
+        log.warning("cohort %s is sent again: %s", waiting.cohort.id, failures[0])
+        return failures[0]
 
 
 def _ticks() -> int:
