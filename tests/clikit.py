@@ -23,11 +23,25 @@ path = "preset:tiny-qwen3-moe"
 steps = 8
 off_policiness = 4
 """
+ENGINE = {
+    "address": "a:1",
+    "healthy": False,
+    "problem": "does not answer",
+    "kind": "torch",
+    "state": None,
+    "capabilities": None,
+    "last_seen_at": None,
+    "run": None,
+    "run_state": "FREE",
+    "proved_version": None,
+    "stale": "",
+}
+"""One as the gateway gives it."""
 RECORD = RunRecord("first-abcdef", parse_spec(SPEC), created_s=1_700_000_000.0)
 
 
 def job(reason: str = "", **changes: Any) -> Job:
-    return Job.from_record(replace(RECORD, **changes), reason)
+    return Job.from_record(replace(RECORD, **changes), reason, {})
 
 
 def row(step: int, **columns: float) -> dict[str, Any]:

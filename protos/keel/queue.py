@@ -22,6 +22,8 @@ RUNS_KEY = "keel:runs"
 """Sorted set of run ids, scored by submission time in seconds."""
 FENCING_KEY = "keel:fencing"
 """Counter of leases: INCR gives the next fencing token."""
+DRAINED_KEY = "keel:engines:drained"
+"""Set of addresses of engines that operators want empty: no run is leased one."""
 
 
 def run_key(run: str) -> str:

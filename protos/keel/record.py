@@ -66,7 +66,8 @@ class RunRecord:
     draining: tuple[str, ...] = ()
     """Those of `engines` that are to be emptied and given back."""
     drained: tuple[str, ...] = ()
-    """Writer: collector. Those of `draining` that have nothing of this run in flight."""
+    """Writer: collector. Those of `draining` that have nothing of this run in flight. The gateway
+    drops those that leave, or are to serve again."""
     phase: Phase = Phase.QUEUED
     """Writer: trainer, once StartRun was taken; the gateway before. So are all fields below."""
     attempt: int = 0
@@ -75,7 +76,8 @@ class RunRecord:
     policy_version: int | None = None
     """Newest version that is published and proved."""
     proved: Mapping[str, int] = field(default_factory=dict)
-    """By engine address: the version that it was last proved to serve, by hash and probe."""
+    """By engine address: the version that it was last proved to serve, by hash and probe. The
+    gateway drops an engine's entry, here and below, when it leaves and when it joins."""
     stale: Mapping[str, str] = field(default_factory=dict)
     """By engine address: why what it computes is not what it was sent, with the numbers."""
     step: int = 0

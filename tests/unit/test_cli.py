@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import typer
-from clikit import TOML, Gateway, job, row
+from clikit import ENGINE, TOML, Gateway, job, row
 from rich.console import Console
 
 from keel.record import Desired, Phase
@@ -130,12 +130,42 @@ def test_jobs_are_listed_with_what_they_wait_for(
 def test_engines_are_listed_without_knowing_them(
     keel: Callable[..., Any], gateway: Gateway
 ) -> None:
-    engine = {"address": "a:1", "healthy": False, "problem": "does not answer"}
-    unknown = dict.fromkeys(("kind", "state", "capabilities", "last_seen_at", "run"))
-    gateway.answers["GET", "/v1/engines"] = {"engines": [engine | unknown]}
+    gateway.answers["GET", "/v1/engines"] = {"engines": [ENGINE | {"kind": None}]}
     said = keel("engines").said
     assert "a:1" in said
     assert "does not answer" in said
+
+
+def test_engines_are_listed_with_what_they_are_to_their_job(
+    keel: Callable[..., Any], gateway: Gateway
+) -> None:
+    said = {"healthy": True, "problem": "", "state": "READY", "run": "first-abcdef"}
+    ready = ENGINE | said | {"run_state": "READY", "proved_version": 7}
+    stale = {"address": "b:2", "run_state": "STALE", "stale": "median gap 0.3 [bold]nats"}
+    gateway.answers["GET", "/v1/engines"] = {"engines": [ready, ready | stale]}
+    _, first, second = keel("engines").said.splitlines()
+    assert first.split() == ["a:1", "torch", "READY", "first-abcdef", "READY", "7"]
+    assert second.split()[4:] == ["STALE", "7", "median", "gap", "0.3", "[bold]nats"]
+
+
+def test_a_drain_waits_until_the_engine_is_empty(
+    keel: Callable[..., Any], gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keel_gateway.cli_engines.POLL_S", 0.01)
+    states = ["DRAINING", "DRAINING", "DRAINED"]
+
+    def answer() -> dict[str, Any]:
+        return ENGINE | {"run_state": states.pop(0)}
+
+    gateway.answers["POST", "/v1/engines/a:1/drain"] = answer
+    assert keel("engines", "drain", "a:1").said == "a:1 is DRAINING\n"
+    assert keel("engines", "drain", "a:1", "--wait").said == "a:1 is DRAINED\n"
+    assert states == []
+    gateway.answers["POST", "/v1/engines/a:1/undrain"] = ENGINE
+    assert keel("engines", "undrain", "a:1").said == "a:1 is FREE\n"
+    refused = keel("engines", "drain", "[::1]:5")
+    assert refused.exit_code == 2
+    assert gateway.asked[-1][1] == "/v1/engines/%5B::1%5D:5/drain"
 
 
 @pytest.mark.parametrize(
@@ -358,12 +388,14 @@ def test_json_of_every_command_is_the_rest_interface_s(
     gateway.jobs(job(reason="no engine is free"))
     gateway.answers["POST", "/v1/jobs"] = (201, body)
     gateway.answers["POST", "/v1/jobs/first-abcdef/cancel"] = body
-    engine = dict.fromkeys(("kind", "state", "capabilities", "last_seen_at", "run"))
-    engine |= {"address": "a:1", "healthy": False, "problem": "does not answer"}
-    gateway.answers["GET", "/v1/engines"] = {"engines": [engine]}
+    gateway.answers["GET", "/v1/engines"] = {"engines": [ENGINE]}
+    gateway.answers["POST", "/v1/engines/a:1/drain"] = ENGINE | {"run_state": "DRAINING"}
+    gateway.answers["POST", "/v1/engines/a:1/undrain"] = ENGINE
     for arguments, expected in (
         (("jobs",), {"jobs": [body]}),
-        (("engines",), {"engines": [engine]}),
+        (("engines",), {"engines": [ENGINE]}),
+        (("engines", "drain", "a:1"), ENGINE | {"run_state": "DRAINING"}),
+        (("engines", "undrain", "a:1"), ENGINE),
         (("submit", file), body),
         (("cancel", "first"), body),
     ):

@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clikit import Gateway
+from clikit import ENGINE, Gateway
 
 from keel_gateway import doctor
 from keel_gateway.installed import lacks, untested
 
 pytest_plugins = ["cli_fixtures"]
-
-ENGINE = {
-    "address": "a:1",
-    "kind": "torch",
-    "capabilities": None,
-    "last_seen_at": None,
-    "run": None,
-}
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from keel_gateway.events import Cursor, events_after
 from keel_gateway.feeds import Feeds
 from keel_gateway.listen import Event, parse_events
 from keel_gateway.main import GatewayServer
+from keel_gateway.schemas import Job
 from keel_gateway.settings import Settings
 from keel_gateway.store import Store, connect
 
@@ -90,9 +91,12 @@ class Watcher:
         self.cursor = Cursor()
         self.reason = ""
 
+    def shown(self, record: RunRecord) -> Job:
+        return Job.from_record(record, self.reason, {})
+
     async def once(self) -> list[Event]:
         """One read."""
-        events = await events_after(self.store, lambda _: self.reason, RUN, self.cursor)
+        events = await events_after(self.store, self.shown, RUN, self.cursor)
         if events:
             self.cursor = events[-1].cursor
         lines = b"".join(event.wire for event in events).decode().split("\n")
@@ -384,7 +388,7 @@ async def test_a_thousand_watchers_read_redis_as_often_as_one(
     async def read(run: str, cursor: Cursor) -> Any:
         nonlocal reads
         reads += 1
-        return await events_after(watcher.store, lambda _: "", run, cursor)
+        return await events_after(watcher.store, watcher.shown, run, cursor)
 
     feeds = Feeds(read)
     taken = [b""] * 1000

@@ -35,23 +35,46 @@ def model_lacks(spec: RunSpec) -> list[InvalidField]:
     return lacks
 
 
-def engines_lack(spec: RunSpec, engines: Mapping[str, Capabilities]) -> list[InvalidField]:
-    """Empty if one of `engines` (by address) can do the run, or none is known yet; else why not.
+def engines_lack(
+    spec: RunSpec, engines: Mapping[str, Capabilities], unknown: int = 0
+) -> list[InvalidField]:
+    """Empty if `engines` (by address) can do the run, or none is known yet; else why not.
 
-    One complaint a field; its `valid` says what each engine that falls short would take.
+    Of each kind that is asked for one must be able to, and in all as many as are asked for. One
+    complaint a field; its `valid` says what each engine that falls short would take.
+
+    Args:
+        unknown: engines that have not said yet what they can do. One may be of a kind that no other
+            is; of a kind that is known it is taken to be no better.
     """
-    lacking: dict[str, InvalidField] = {}
-    for address, capabilities in engines.items():
-        lacks = list(engine_lacks(spec, capabilities))
-        if not lacks:
-            return []
-        for lack in lacks:
+    if not engines:
+        return []
+    lacks = {address: list(engine_lacks(spec, said)) for address, said in engines.items()}
+    found: dict[str, InvalidField] = {}
+    for kind in spec.engine.kinds:
+        of_kind = [address for address, said in engines.items() if said.can.kind == kind]
+        if of_kind and all(lacks[address] for address in of_kind):
+            _tell(found, {address: lacks[address] for address in of_kind})
+        elif not of_kind and not unknown:
+            theirs = {
+                address: [InvalidField("engine.kind", kind, repr(said.can.kind))]
+                for address, said in engines.items()
+            }
+            _tell(found, theirs)
+    able = sum(not lacking for lacking in lacks.values()) + unknown
+    if not found and able < spec.engine.engines:
+        valid = f"at most {able}: no more of the gateway's engines can do the run"
+        found["engine.count"] = InvalidField("engine.count", spec.engine.engines, valid)
+    return list(found.values())
+
+
+def _tell(found: dict[str, InvalidField], lacks: Mapping[str, list[InvalidField]]) -> None:
+    for address, lacking in lacks.items():
+        for lack in lacking:
             told = f"{address} takes {lack.valid}"
-            earlier = lacking.get(lack.field)
-            lacking[lack.field] = InvalidField(
-                lack.field, lack.value, f"{earlier.valid}; {told}" if earlier else told
-            )
-    return list(lacking.values())
+            if earlier := found.get(lack.field):
+                told = f"{earlier.valid}; {told}"
+            found[lack.field] = InvalidField(lack.field, lack.value, told)
 
 
 def engine_lacks(spec: RunSpec, capabilities: Capabilities) -> Iterator[InvalidField]:

@@ -39,7 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
     registry = Registry(settings.engines, settings.trainers, poll_s=settings.poll_s)
     scheduler = Scheduler(store, registry, poll_s=settings.poll_s)
 
-    feeds = Feeds(partial(events_after, store, scheduler.reason))
+    feeds = Feeds(partial(events_after, store, scheduler.job))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

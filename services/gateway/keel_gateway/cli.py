@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from keel.spec import load_spec
+from keel_gateway import cli_engines
 from keel_gateway.cli_export import export
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
 from keel_gateway.cli_init import init
@@ -181,20 +182,7 @@ def checkpoints(job: JobName = LATEST, url: Url = None, as_json: Json = False) -
     return out.print(table if found else "No checkpoint yet")
 
 
-@app.command()
-def engines(url: Url = None, as_json: Json = False) -> None:
-    """List rollout engines."""
-    with GatewayClient(find_url(url)) as client:
-        found = client.engines()
-    if as_json:
-        return show_json({"engines": [engine.model_dump(mode="json") for engine in found]})
-    table = Table("Address", "Kind", "State", "Job", "Note", box=None, header_style="dim")
-    for engine in found:
-        note = escape(engine.problem)
-        table.add_row(engine.address, engine.kind or "?", engine.state or "?", engine.run, note)
-    return out.print(table if found else "The gateway was told of no engine (KEEL_ENGINES)")
-
-
+app.add_typer(cli_engines.app, name="engines")
 app.command()(report)
 app.command("compare")(compare_jobs)
 

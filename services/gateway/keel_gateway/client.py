@@ -232,6 +232,18 @@ class GatewayClient:
         """Every engine that the gateway was told of."""
         return EngineList.model_validate(self._call("GET", "/v1/engines")).engines
 
+    def drain(self, address: str) -> Engine:
+        """Has an engine emptied and kept out of jobs; `run_state` is DRAINED when it has left."""
+        return self._engine(address, "drain")
+
+    def undrain(self, address: str) -> Engine:
+        """Has an engine given to jobs again."""
+        return self._engine(address, "undrain")
+
+    def _engine(self, address: str, verb: str) -> Engine:
+        path = f"/v1/engines/{quote(address, safe=':')}/{verb}"
+        return Engine.model_validate(self._call("POST", path))
+
     def _call(self, method: str, path: str, **request: Any) -> Any:
         return self._answer(method, path, **request).json()
 

@@ -78,14 +78,17 @@ class Event:
 
 
 async def events_after(
-    store: Store, reason: Callable[[RunRecord], str], run: str, cursor: Cursor
+    store: Store, shown: Callable[[RunRecord], Job], run: str, cursor: Cursor
 ) -> list[Event]:
     """What has come since `cursor`, at most some hundred events; the rest follows the last of them.
+
+    Args:
+        shown: the job of a record.
 
     Errors: NotFound, Redis's own.
     """
     record = await store.get(run)  # first: once it is over, no row is missing below
-    job = Job.from_record(record, reason(record))
+    job = shown(record)
     first = await store.first_step(record)
     if first is not None and cursor.attempt < record.attempt:
         cursor = replace(

@@ -1,13 +1,15 @@
-"""Who gets which trainer and engine: a pure function of the records and of who is there.
+"""Who gets which trainer and engines: a pure function of the records and of who is there.
 
 Leases are exclusive and stand in the records of runs that have not ended. Runs are served in the
-order of submission; one that nothing free suits does not hold up those behind it. That starves
-nobody while a run takes one engine: whatever becomes free goes to the first that it suits.
+order of submission; one that nothing free suits does not hold up those behind it. A run that waits
+takes all its engines at once or none: one that asks for several may wait long while others ask for
+one. A run that goes on with fewer than it asks for, since one was drained, gets what becomes free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -21,10 +23,11 @@ P = TypeVar("P", bound=Peer)
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A trainer and engines for a run."""
+    """A trainer and engines for a run that waits; engines alone for one that goes on."""
 
     run: str
     trainer: str
+    """Empty: it has one."""
     engines: tuple[str, ...]
 
 
@@ -34,7 +37,7 @@ class Plan:
 
     grants: list[Grant] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
-    """By run: why it is still QUEUED."""
+    """By run: why it is still QUEUED, or goes on with fewer engines than it asks for."""
 
 
 def holders(records: Iterable[RunRecord]) -> dict[str, str]:
@@ -48,50 +51,120 @@ def holders(records: Iterable[RunRecord]) -> dict[str, str]:
 
 
 def plan(
-    records: Iterable[RunRecord], trainers: Mapping[str, Peer], engines: Mapping[str, Engine]
+    records: Iterable[RunRecord],
+    trainers: Mapping[str, Peer],
+    engines: Mapping[str, Engine],
+    drained: Collection[str] = (),
 ) -> Plan:
-    """Gives what is free to the runs that wait.
+    """Gives what is free to the runs that want it.
 
     Args:
         records: all that have not ended, in the order of submission.
         trainers, engines: by address.
+        drained: engines that are not to be leased.
     """
     records = list(records)
     held = holders(records)
     result = Plan()
     for record in records:
-        if record.phase is not Phase.QUEUED or record.trainer:
-            continue
         if record.desired is not Desired.RUNNING:
             continue
-        free_trainers, no_trainer = _free("trainer", trainers, held, lambda trainer: "")
-        free_engines, no_engine = _free("engine", engines, held, partial(_unfit, record))
-        count = record.spec.engine.engines
-        if not free_trainers or len(free_engines) < count:
-            short = (no_trainer if not free_trainers else "", no_engine if not free_engines else "")
-            result.waiting[record.run] = "; ".join(filter(None, short))
+        need = record.spec.engine.engines - len(record.engines)
+        if need <= 0 if record.trainer else record.phase is not Phase.QUEUED:
             continue
-        grant = Grant(record.run, free_trainers[0], tuple(free_engines[:count]))
-        held |= dict.fromkeys((grant.trainer, *grant.engines), record.run)
-        result.grants.append(grant)
+        free_trainers, no_trainer = _free("trainer", trainers, held, lambda trainer: "")
+        unfit = partial(_unfit, record, drained)
+        free_engines, no_engine = _free("engine", engines, held, unfit)
+        kinds = {address: _kind(engines.get(address)) for address in engines}
+        has = Counter(kinds.get(address, "") for address in record.engines)
+        chosen = _choose(record.spec.engine.kinds, need, has, [(a, kinds[a]) for a in free_engines])
+        short = need - len(chosen)
+        reasons = []
+        if not record.trainer and not free_trainers:
+            reasons.append(no_trainer)
+        if short:
+            lacking = _lacking(record.spec.engine.kinds, has, [kinds[a] for a in chosen])
+            reasons.append(_waits(record, len(engines), short, lacking, no_engine))
+        if reasons:
+            result.waiting[record.run] = "; ".join(reasons)
+        if record.trainer:
+            grant = Grant(record.run, "", tuple(chosen))
+        elif not reasons:
+            grant = Grant(record.run, free_trainers[0], tuple(chosen))
+        else:
+            continue
+        if chosen:
+            held |= dict.fromkeys(filter(None, (grant.trainer, *grant.engines)), record.run)
+            result.grants.append(grant)
     return result
+
+
+def _choose(
+    kinds: Sequence[str], need: int, has: Mapping[str, int], free: Sequence[tuple[str, str]]
+) -> list[str]:
+    """At most `need` of the free, kinds spread evenly, the first of `kinds` first.
+
+    A place is kept for every kind of which there would be none.
+
+    Args:
+        has: engines that the run has, by kind.
+        free: address and kind of each that suits.
+    """
+    count, chosen, left = Counter(has), list[str](), list(free)
+    while len(chosen) < need:
+        missing = [kind for kind in kinds if not count[kind]]
+        there = {kind for _, kind in left}
+        wanted = [kind for kind in missing if kind in there]
+        if not wanted and len(missing) < need - len(chosen):
+            wanted = [kind for kind in kinds if kind in there]
+        if not wanted:
+            break
+        kind = min(wanted, key=lambda kind: (count[kind], kinds.index(kind)))
+        one = next(item for item in left if item[1] == kind)
+        left.remove(one)
+        chosen.append(one[0])
+        count[kind] += 1
+    return chosen
+
+
+def _lacking(kinds: Sequence[str], has: Mapping[str, int], chosen: Sequence[str]) -> list[str]:
+    return [kind for kind in kinds if not has.get(kind) and kind not in chosen]
+
+
+def _waits(
+    record: RunRecord, known: int, short: int, lacking: Sequence[str], no_engine: str
+) -> str:
+    """Why engines are short; of one that asks for several, how many and which."""
+    asked = record.spec.engine
+    if asked.engines == 1 or not known:
+        return no_engine
+    none_of = f", none of kind {' or '.join(lacking)}" if lacking else ""
+    _, colon, told = no_engine.partition(": ")
+    return f"waits for {short} of {asked.engines} engines{none_of}{colon}{told}"
 
 
 def _free(
     noun: str, peers: Mapping[str, P], held: Mapping[str, str], unfit: Callable[[P], str]
 ) -> tuple[list[str], str]:
-    """Addresses that can be leased, and, for when there are none, why."""
+    """Addresses that can be leased, and why the others cannot."""
     if not peers:
         return [], f"no {noun} is configured (the gateway's --{noun}s, KEEL_{noun.upper()}S)"
     why = {
         address: f"is leased to {held[address]}" if address in held else peer.problem or unfit(peer)
         for address, peer in peers.items()
     }
-    told = ", ".join(f"{address} {reason}" for address, reason in why.items())
-    return [address for address, reason in why.items() if not reason], f"waits for {noun}: {told}"
+    told = ", ".join(f"{address} {reason}" for address, reason in why.items() if reason)
+    free = [address for address, reason in why.items() if not reason]
+    return free, f"waits for {noun}: {told}" if told else f"waits for {noun}"
 
 
-def _unfit(record: RunRecord, engine: Engine) -> str:
+def _kind(engine: Engine | None) -> str:
+    return engine.capabilities.can.kind if engine and engine.capabilities else ""
+
+
+def _unfit(record: RunRecord, drained: Collection[str], engine: Engine) -> str:
+    if engine.address in drained:
+        return f"is drained (keel engines undrain {engine.address})"
     if engine.capabilities is None:
         return "has not said yet what it can do"
     lacks = list(engine_lacks(record.spec, engine.capabilities))

@@ -27,6 +27,9 @@ DEADLINE_S = 3.0
 MUTE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 """Codes of a call that nobody has answered."""
 
+SILENT_AFTER_S = 10.0
+"""Without an answer in time for so long, nothing answers: a busy one may miss a question."""
+
 Capabilities = rollout_service_pb2.GetCapabilitiesResponse
 
 
@@ -41,6 +44,8 @@ class Peer:
     """Unix time of its last answer, s."""
     problem: str = "has not been asked yet"
     """Why it is not healthy, as the rest of a sentence; empty where it is."""
+    silent: bool = False
+    """Nothing answers at its address."""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set once the first question is answered or has failed."""
 
@@ -92,7 +97,7 @@ class Registry:
                     await ask(peer, channel)
                     _note(peer, "")
                 except Exception as error:  # whatever one peer answers, the others are asked on
-                    _note(peer, describe(error))
+                    _note(peer, describe(error), silent=_silent(peer, error))
                     # A new channel resolves the name anew and knows no backoff, which would
                     # otherwise hide for minutes that the peer is back.
                     await channel.close()
@@ -130,7 +135,16 @@ def describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _note(peer: Peer, problem: str) -> None:
+def _silent(peer: Peer, error: Exception) -> bool:
+    """Whether an error means that nothing answers: at once if nobody listens, else after a time."""
+    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    late = code is grpc.StatusCode.DEADLINE_EXCEEDED
+    return late and time.time() - (peer.last_seen_s or 0.0) > SILENT_AFTER_S
+
+
+def _note(peer: Peer, problem: str, *, silent: bool = False) -> None:
     if peer.healthy is bool(problem) or not peer.asked.is_set():
         log.info("%s %s", peer.address, problem or "is healthy")
-    peer.healthy, peer.problem = not problem, problem
+    peer.healthy, peer.problem, peer.silent = not problem, problem, silent

@@ -7,13 +7,18 @@ after each leased run in a task of its own, so that a trainer that hangs delays 
     not yet started by this gateway,
     or its trainer was away                -> StartRun (idempotent: a known id resumes)
     otherwise, every few seconds           -> GetRun, and StartRun if nobody works on it
+
+The same pass empties engines: it marks in the records those that operators want drained, and takes
+away what the collector has found empty.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 
@@ -22,12 +27,14 @@ from redis.exceptions import RedisError
 
 from keel import rpc
 from keel.errors import StateError
+from keel.fleet import EngineState
 from keel.record import Desired, Phase, RunRecord
 from keel.trainer.v1 import trainer_service_pb2 as pb
 from keel.trainer.v1 import trainer_service_pb2_grpc
-from keel_gateway import transitions
+from keel_gateway import fleet_view, transitions
 from keel_gateway.leases import Grant, plan
 from keel_gateway.registry import MUTE, Registry, describe
+from keel_gateway.schemas import Job
 from keel_gateway.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,6 +43,8 @@ CALL_DEADLINE_S = 10.0
 """Of a call to a trainer: it may start a process before it answers."""
 LOOK_EVERY_S = 3.0
 """Seconds between two looks at a run that is leased."""
+SLOW_AFTER_S = 10.0
+"""An engine that is JOINING for longer is worth telling of."""
 
 
 class Scheduler:
@@ -49,9 +58,15 @@ class Scheduler:
         self._pass = asyncio.Lock()  # two passes at once would grant the same engine twice
         self._waiting: dict[str, str] = {}
         self._trouble: dict[str, str] = {}
+        self._joining_since_s: dict[tuple[str, str], float] = {}
         self._started: set[str] = set()
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._next_look_s: dict[str, float] = {}
+
+    def job(self, record: RunRecord) -> Job:
+        """The run as the REST interface shows it."""
+        states = fleet_view.states(record, self._registry.engines)
+        return Job.from_record(record, self.reason(record), states)
 
     def reason(self, record: RunRecord) -> str:
         """Why a run does not go on, for people to read; empty where it does, or has ended."""
@@ -67,10 +82,21 @@ class Scheduler:
                 expected = f"trainer {record.trainer} is stopping it"
             elif record.phase is Phase.QUEUED:
                 expected = f"trainer {record.trainer} is starting it"
-            return self._trouble.get(record.run, expected)
+            return self._trouble.get(record.run) or expected or self._engine_trouble(record)
         if paused:
             return "paused: gets no trainer and no engine until it is resumed"
         return self._waiting.get(record.run, "waits for the scheduler's next pass")
+
+    def _engine_trouble(self, record: RunRecord) -> str:
+        since = time.monotonic() - SLOW_AFTER_S
+        slow = {
+            address
+            for address in record.engines
+            if self._joining_since_s.get((record.run, address), math.inf) < since
+        }
+        short = len(record.engines) < record.spec.engine.engines
+        waits = self._waiting.get(record.run, "waits for the scheduler's next pass")
+        return fleet_view.trouble(record, self._registry.engines, slow, waits if short else "")
 
     def wake(self, run: str) -> None:
         """Has the loop look after `run` at once."""
@@ -107,28 +133,64 @@ class Scheduler:
     async def grant_leases(self) -> list[RunRecord]:
         """Gives what is free to the runs that wait; returns every run that holds a lease now."""
         async with self._pass:
-            records = await self._store.unfinished()
-            planned = plan(records, self._registry.trainers, self._registry.engines)
+            drained = await self._store.drained_engines()
+            unfinished = await self._store.unfinished()
+            records = [await self._empty(record, drained) for record in unfinished]
+            self._note_joining(records)
+            planned = plan(records, self._registry.trainers, self._registry.engines, drained)
             self._waiting = planned.waiting
             granted = [await self._grant(grant) for grant in planned.grants]
             return [record for record in (*records, *granted) if record and record.trainer]
 
+    async def drain(self, address: str, *, wanted: bool) -> None:
+        """Has an engine emptied and kept out of runs, or, with `wanted` false, back in them."""
+        async with self._pass:  # or a pass that goes on could lease it
+            await self._store.set_drained(address, wanted=wanted)
+        await self.grant_leases()
+
+    async def _empty(self, record: RunRecord, drained: Collection[str]) -> RunRecord:
+        """The record once its engines drain that are to, and those that are empty have left."""
+        lost = {address for address, one in self._registry.engines.items() if one.silent}
+
+        def empty(record: RunRecord) -> RunRecord:
+            return transitions.leave(transitions.drain(record, wanted=drained), lost=lost)
+
+        if empty(record) == record:
+            return record
+        after = await self._store.change(record.run, empty)
+        if gone := set(record.engines) - set(after.engines):
+            log.info("%s left %s, empty", ", ".join(sorted(gone)), record.run)
+        return after
+
+    def _note_joining(self, records: list[RunRecord]) -> None:
+        now = time.monotonic()
+        self._joining_since_s = {
+            (record.run, address): self._joining_since_s.get((record.run, address), now)
+            for record in records
+            if record.policy_version is not None
+            for address, state in fleet_view.states(record, self._registry.engines).items()
+            if state is EngineState.JOINING
+        }
+
     async def _grant(self, grant: Grant) -> RunRecord | None:
         token = await self._store.next_fencing_token()
-        try:
-            record = await self._store.change(
-                grant.run,
-                partial(
-                    transitions.grant,
-                    trainer=grant.trainer,
-                    engines=grant.engines,
-                    fencing_token=token,
-                ),
+        change = (
+            partial(
+                transitions.grant,
+                trainer=grant.trainer,
+                engines=grant.engines,
+                fencing_token=token,
             )
+            if grant.trainer
+            else partial(transitions.join, engines=grant.engines, engine_token=token)
+        )
+        try:
+            record = await self._store.change(grant.run, change)
         except StateError as error:  # cancelled since the pass began
             log.info("%s", error)
             return None
-        log.info("%s leased to %s, token %d", (grant.trainer, *grant.engines), grant.run, token)
+        leased = ", ".join(filter(None, (grant.trainer, *grant.engines)))
+        log.info("%s leased to %s, token %d", leased, grant.run, token)
         self.wake(grant.run)
         return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -9,12 +10,13 @@ from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel, ConfigDict, Field
 
 from keel.checkpoints import CheckpointInfo
+from keel.fleet import EngineState
 from keel.metrics import COLUMNS
 from keel.record import Desired, Phase, RunRecord
 from keel.rollout.v1 import rollout_service_pb2
 from keel.samples import Sample
 from keel.spec import RunSpec
-from keel_gateway.registry import Engine as EngineState
+from keel_gateway.registry import Engine as EnginePeer
 
 
 class _Answer(BaseModel):
@@ -35,7 +37,8 @@ class Job(_Answer):
     paused: bool
     """It stands still because its user wants so; between the wish and this it finishes a lap."""
     reason: str
-    """What it waits for (an engine, an answer of its trainer, its start or stop); else empty."""
+    """What it waits for (an engine, an answer of its trainer, its start or stop), or which of its
+    engines serve nothing, and why; else empty."""
     spec: RunSpec
     """What was submitted, defaults filled in."""
     created_at: datetime
@@ -60,6 +63,9 @@ class Job(_Answer):
     """Leased trainer; empty before."""
     engines: list[str]
     """Leased engines."""
+    engine_states: dict[str, EngineState]
+    """State of each of them, by address: JOINING (has not yet proved that it serves the newest
+    version), READY, DRAINING, STALE or LOST. Empty once the job is over."""
     artifact: str
     """Folder of the base model, on the trainer's disk."""
     model: str
@@ -68,7 +74,9 @@ class Job(_Answer):
     """Why it failed."""
 
     @classmethod
-    def from_record(cls, record: RunRecord, reason: str) -> Self:
+    def from_record(
+        cls, record: RunRecord, reason: str, engine_states: Mapping[str, EngineState]
+    ) -> Self:
         """The job of a record."""
         spec = record.spec
         return cls(
@@ -92,6 +100,7 @@ class Job(_Answer):
             attempt=record.attempt,
             trainer=record.trainer,
             engines=list(record.engines),
+            engine_states=dict(engine_states),
             artifact=record.artifact,
             model=record.model,
             error=record.error or record.collector_error,
@@ -142,17 +151,24 @@ class Engine(_Answer):
     kind: str | None
     """"torch", "vllm", ...; null before its first answer, like the next two."""
     state: str | None
-    """EMPTY, LOADED, READY, PAUSED or STALE."""
+    """What it says of itself: EMPTY, LOADED, READY, PAUSED or STALE."""
     capabilities: dict[str, Any] | None
     """keel.rollout.v1.GetCapabilitiesResponse in protobuf's JSON."""
     last_seen_at: datetime | None
     """When it last answered."""
     run: str | None
     """Job that it is leased to."""
+    run_state: str
+    """What it is to that job: JOINING, READY, DRAINING, STALE or LOST; without one FREE, DRAINED
+    (no job gets it until it is undrained) or LOST."""
+    proved_version: int | None
+    """Policy version that it was last proved to serve, by hash and probe."""
+    stale: str
+    """Why it is STALE, with the numbers; else empty."""
 
     @classmethod
-    def from_state(cls, engine: EngineState, run: str | None) -> Self:
-        """The engine as the registry has it."""
+    def from_peer(cls, engine: EnginePeer, record: RunRecord | None, run_state: str) -> Self:
+        """The engine as the registry has it, and the record of the job that leases it."""
         said = engine.capabilities
         states = rollout_service_pb2.EngineState
         return cls(
@@ -163,7 +179,10 @@ class Engine(_Answer):
             state=states.Name(said.state).removeprefix("ENGINE_STATE_") if said else None,
             capabilities=MessageToDict(said, preserving_proto_field_name=True) if said else None,
             last_seen_at=_time(engine.last_seen_s),
-            run=run,
+            run=record.run if record else None,
+            run_state=run_state,
+            proved_version=record.proved.get(engine.address) if record else None,
+            stale=record.stale.get(engine.address, "") if record else "",
         )
 
 

@@ -22,6 +22,7 @@ from keel.checkpoints import CheckpointInfo, decode_checkpoints
 from keel.errors import NotFound, WireError
 from keel.metrics import Row, evaluation_field, fields_after, merge_rows, row_field, whole
 from keel.queue import (
+    DRAINED_KEY,
     FENCING_KEY,
     RUNS_KEY,
     checkpoints_key,
@@ -39,7 +40,10 @@ log = logging.getLogger(__name__)
 
 SUFFIX_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
 """Of run ids: no characters that are mistaken for each other."""
-GATEWAY_FIELDS = ("desired", "trainer", "engines", "fencing_token", "phase", "finished_s", "error")
+GATEWAY_FIELDS = (
+    *("desired", "trainer", "engines", "fencing_token", "engine_token", "phase", "finished_s"),
+    *("error", "draining", "drained", "proved", "stale"),
+)
 """Fields of a record that a transition may change."""
 STEPS_PER_READ = 256
 MOST_CONNECTIONS = 32
@@ -116,6 +120,15 @@ class Store:
     async def next_fencing_token(self) -> int:
         """A token greater than any given before."""
         return int(await self._redis.incr(FENCING_KEY))
+
+    async def drained_engines(self) -> frozenset[str]:
+        """Addresses of the engines that operators want empty."""
+        members = await cast(Awaitable[set[bytes]], self._redis.smembers(DRAINED_KEY))
+        return frozenset(address.decode() for address in members)
+
+    async def set_drained(self, address: str, *, wanted: bool) -> None:
+        """Remembers that an engine is wanted empty, or no longer is."""
+        await (self._redis.sadd if wanted else self._redis.srem)(DRAINED_KEY, address)
 
     async def change(self, run: str, transition: Callable[[RunRecord], RunRecord]) -> RunRecord:
         """Applies a transition to the record as it is now, and returns what it became.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter as Count
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from prometheus_client import (
@@ -26,9 +26,11 @@ from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from keel.fleet import EngineState
 from keel.metrics import Row
 from keel.record import Phase, RunRecord
 from keel.rollout.v1 import rollout_service_pb2 as pb
+from keel_gateway.fleet_view import DRAINED, FREE, state_in_run
 from keel_gateway.registry import Registry
 from keel_gateway.store import Store
 
@@ -109,6 +111,7 @@ async def exposition(http: HttpMetrics, store: Store, registry: Registry) -> byt
         now.register(_Given([_gauge("keel_redis_up", "Redis answers", 1)]))
         phases = Count(store.ended_phases()) + Count(record.phase for record in records)
         now.register(_Given(_runs(phases, records, rows)))
+        now.register(_Given([_leases(registry, records, await store.drained_engines())]))
     return generate_latest(http.registry) + generate_latest(now)
 
 
@@ -134,6 +137,22 @@ def _peers(registry: Registry) -> list[Metric]:
     trainers.add_metric(["healthy"], healthy)
     trainers.add_metric(["away"], len(registry.trainers) - healthy)
     return [engines, trainers]
+
+
+def _leases(registry: Registry, records: list[RunRecord], drained: Collection[str]) -> Metric:
+    held = {address: record for record in records if record.trainer for address in record.engines}
+    states = Count(
+        state_in_run(engine, held.get(address), drained)
+        for address, engine in registry.engines.items()
+    )
+    leases = GaugeMetricFamily(
+        "keel_engine_leases",
+        "Engines by what they are to their run; free and drained: to none",
+        labels=["state"],
+    )
+    for state in (*EngineState, FREE, DRAINED):
+        leases.add_metric([state.lower()], states[state])
+    return leases
 
 
 def _runs(phases: Count[Phase], records: list[RunRecord], rows: dict[str, Row]) -> list[Metric]:

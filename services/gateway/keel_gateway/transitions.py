@@ -1,7 +1,13 @@
 """The gateway's state machine: the only place where it decides what a run record becomes.
 
     change    allowed while                       the record becomes
-    grant     QUEUED, RUNNING wanted, no lease    trainer, engines and fencing token set
+    grant     QUEUED, RUNNING wanted, no lease    trainer, engines and both tokens set
+    join      leased, RUNNING wanted, fewer       engines added under a new, higher engine token
+              engines than it asks for
+    drain     not ended                           `draining` is those of its engines that operators
+                                                  want empty; one taken back serves again
+    leave     draining, and drained or lost, or   the engine is no longer its
+              before the first version
     cancel    not ended (again: no change)        CANCELLED wanted; without a lease also CANCELLED
     pause     RUNNING wanted (again: no change)   PAUSED wanted: its trainer stops before the next
                                                   lap; QUEUED, it gets no lease
@@ -10,6 +16,9 @@
               or the trainer is gone for good     or is no more
     refuse    QUEUED, leased                      FAILED: the trainer refuses its spec
 
+    engine:  not leased --grant, join--> leased --drain--> draining --leave--> not leased
+                                            ^--drain taken back--'
+
 Every other phase is written by the trainer (`keel.record` draws them all). A lease ends with the
 run: whoever is in the record of a run that has not ended is leased to it. Expiry and renewal of
 leases belong here when they come.
@@ -17,10 +26,14 @@ leases belong here when they come.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from keel.errors import StateError
 from keel.record import Desired, Phase, RunRecord
+
+V = TypeVar("V")
 
 
 def grant(
@@ -29,7 +42,75 @@ def grant(
     """Leases a trainer and engines to a run that waits for them."""
     if record.phase is not Phase.QUEUED or record.trainer or record.desired is not Desired.RUNNING:
         raise StateError(f"run {record.run!r} does not wait for a lease ({_state(record)})")
-    return replace(record, trainer=trainer, engines=engines, fencing_token=fencing_token)
+    return replace(
+        record,
+        trainer=trainer,
+        engines=engines,
+        fencing_token=fencing_token,
+        engine_token=fencing_token,
+    )
+
+
+def join(record: RunRecord, *, engines: tuple[str, ...], engine_token: int) -> RunRecord:
+    """Leases more engines to a run that goes on with fewer than it asks for.
+
+    What was known of them is forgotten: between two leases they may have served others.
+    """
+    want = record.spec.engine.engines
+    goes_on = record.trainer and not record.phase.final and record.desired is Desired.RUNNING
+    if not goes_on or len(record.engines) + len(engines) > want:
+        raise StateError(
+            f"run {record.run!r} wants no more engines "
+            f"({_state(record)}, {len(record.engines)} of {want} engines)"
+        )
+    assert not set(engines) & set(record.engines), "leased twice"
+    assert engine_token > record.engine_token, "engines refuse a token that does not grow"
+    return replace(
+        record,
+        engines=(*record.engines, *engines),
+        engine_token=engine_token,
+        draining=_without(record.draining, engines),
+        drained=_without(record.drained, engines),
+        proved=_cut(record.proved, engines),
+        stale=_cut(record.stale, engines),
+    )
+
+
+def drain(record: RunRecord, *, wanted: Collection[str]) -> RunRecord:
+    """Records which engines of the run are to be emptied; the others serve (again).
+
+    Args:
+        wanted: all engines that operators want empty, of this run or not.
+    """
+    if record.phase.final:
+        return record
+    draining = tuple(address for address in record.engines if address in wanted)
+    # who is asked anew has to be found empty anew
+    again = set(record.draining) & set(draining)
+    drained = tuple(address for address in record.drained if address in again)
+    return replace(record, draining=draining, drained=drained)
+
+
+def leave(record: RunRecord, *, lost: Collection[str] = ()) -> RunRecord:
+    """Takes away the engines that drain and have nothing of the run left.
+
+    Before the first version no engine can have anything of it.
+
+    Args:
+        lost: engines where nothing answers; the collector sends what they had to others.
+    """
+    if record.phase.final:
+        return record
+    empty = {*record.drained, *lost} if record.policy_version is not None else record.engines
+    gone = set(record.draining) & set(empty)
+    return replace(
+        record,
+        engines=_without(record.engines, gone),
+        draining=_without(record.draining, gone),
+        drained=_without(record.drained, gone),
+        proved=_cut(record.proved, gone),
+        stale=_cut(record.stale, gone),
+    )
 
 
 def cancel(record: RunRecord, *, now_s: float) -> RunRecord:
@@ -87,3 +168,11 @@ def refuse(record: RunRecord, *, error: str, now_s: float) -> RunRecord:
 
 def _state(record: RunRecord) -> str:
     return f"phase {record.phase}, {record.desired} wanted, trainer {record.trainer or 'none'}"
+
+
+def _without(addresses: tuple[str, ...], gone: Collection[str]) -> tuple[str, ...]:
+    return tuple(address for address in addresses if address not in gone)
+
+
+def _cut(known: Mapping[str, V], gone: Collection[str]) -> dict[str, V]:
+    return {address: value for address, value in known.items() if address not in gone}

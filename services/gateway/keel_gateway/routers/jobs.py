@@ -75,7 +75,7 @@ async def submit(
 ) -> Job:
     """Takes a RunSpec, as JSON or TOML, and queues it.
 
-    A spec that no known engine can do is refused (422), naming for each engine what it lacks; so is
+    A spec that the known engines cannot do is refused (422), naming for each what it lacks; so is
     one whose data files, where they can be seen from here, have a fault in their first lines. While
     no engine is known, every valid spec is taken, and `reason` says what it waits for.
     """
@@ -84,7 +84,8 @@ async def submit(
         for engine in registry.engines.values()
         if engine.capabilities is not None
     }
-    lacks = model_lacks(spec) + engines_lack(spec, known) + await data_lacks(spec)
+    unknown = len(registry.engines) - len(known)
+    lacks = model_lacks(spec) + engines_lack(spec, known, unknown) + await data_lacks(spec)
     if lacks:
         raise Refused(lacks)
     record = await store.create(spec)
@@ -94,7 +95,7 @@ async def submit(
     except RedisError as error:  # the job is taken; the loop goes on with it
         log.warning("%s: %s", record.run, error)
     response.headers["Location"] = f"/v1/jobs/{record.run}"
-    return Job.from_record(record, scheduler.reason(record))
+    return scheduler.job(record)
 
 
 @router.get("", summary="List jobs", responses=responses(422, 503))
@@ -105,14 +106,14 @@ async def list_jobs(
 ) -> JobList:
     """The last submitted first."""
     records = await store.newest(limit)
-    return JobList(jobs=[Job.from_record(record, scheduler.reason(record)) for record in records])
+    return JobList(jobs=[scheduler.job(record) for record in records])
 
 
 @router.get("/{run}", summary="Look at a job", responses=responses(404, 422, 503))
 async def get_job(run: RunId, store: StoreDep, scheduler: SchedulerDep) -> Job:
     """The job as its record says."""
     record = await store.get(run)
-    return Job.from_record(record, scheduler.reason(record))
+    return scheduler.job(record)
 
 
 @router.post("/{run}/cancel", summary="Cancel a job", responses=responses(404, 409, 422, 503))
@@ -193,4 +194,4 @@ async def _changed(
 ) -> Job:
     record = await store.change(run, transition)
     scheduler.wake(run)
-    return Job.from_record(record, scheduler.reason(record))
+    return scheduler.job(record)
