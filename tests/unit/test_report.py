@@ -118,6 +118,42 @@ def test_loads_nothing_and_forbids_itself_to() -> None:
     assert not re.search(r"url\(|@import", style)
 
 
+def served(rows: list[dict[str, Any]], **groups: range) -> list[dict[str, Any]]:
+    """`rows` with four groups a step, shared by the engines whose range has the step."""
+    for row in rows[1:]:
+        there = [name for name, steps in groups.items() if row["step"] in steps]
+        row |= {f"engine/groups/{name}:1": 4 / len(there) for name in there}
+        row |= {f"engine/k3/{name}:1": 1e-3 for name in there}
+    return rows
+
+
+def test_says_who_served_what() -> None:
+    """a all 40 steps, b the first 10, c the last 20: 160 groups, of which b 20 and c 40."""
+    rows = served(synthetic_rows(), a=range(41), b=range(11), c=range(21, 41))
+    job = JOB | {"engines": ["a:1", "c:1"], "engine_states": {}}
+    html = report(job, rows)
+    assert "engines" in Page(html).ids
+    lines = re.findall(r'<th scope="row">(\w:1)</th>((?:<td>[^<]*</td>)*)', html)
+    assert [(name, *re.findall(r"<td>([^<]*)", cells)) for name, cells in lines] == [
+        ("a:1", "1 to 40", "100", "62.5%", "1.00e-03", "there to the end"),
+        ("b:1", "1 to 10", "20", "12.5%", "1.00e-03", "has left"),
+        ("c:1", "21 to 40", "40", "25.0%", "1.00e-03", "there to the end"),
+    ]
+    lines_of = [figure for figure in figures(html) if figure["kind"] == "lines"]
+    (stack,) = [one for one in lines_of if one["traces"][0].get("name") == "a:1" and not one["log"]]
+    drawn = {trace["name"]: trace["y"] for trace in stack["traces"]}
+    assert drawn["b:1"] == [2] * 10 + [0] * 30
+    assert [sum(step) for step in zip(*drawn.values(), strict=True)] == [4] * 40
+    running = report(job | {"engine_states": {"a:1": "READY", "c:1": "DRAINING"}}, rows)
+    assert "DRAINING" in Page(running).text
+
+
+def test_one_engine_has_no_section_of_its_own() -> None:
+    made = datetime(2026, 11, 24, tzinfo=UTC)
+    plain = report(JOB, synthetic_rows(), made=made)
+    assert report(JOB, served(synthetic_rows(), a=range(41)), made=made) == plain
+
+
 def test_says_what_the_numbers_are() -> None:
     text = Page(report(JOB, synthetic_rows())).text
     # first and last four of 40 rewards from 0 to 1 in equal steps of 1/39

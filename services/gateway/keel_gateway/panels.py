@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from keel.metrics import Row
 from keel_gateway.charts import Card, Chart, Line
@@ -33,6 +34,10 @@ class Shown:
     title: str
     says: str
     cards: Sequence[Card]
+    heads: Sequence[str] = ()
+    """Of a table below the pictures; empty: it has none."""
+    lines: Sequence[Mapping[str, Any]] = ()
+    """Its lines: name, meaning, cells."""
 
 
 def of_run(rows: Sequence[Row]) -> list[Shown]:

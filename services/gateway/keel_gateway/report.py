@@ -18,6 +18,7 @@ from keel.record import Phase
 from keel.spec import RecipeSpec
 from keel_gateway.admission import R3_FROM
 from keel_gateway.curves import SMOOTHING_SHARE
+from keel_gateway.engine_view import FAMILY, engines_of, who_served
 from keel_gateway.page import NONE, moment, number, render
 from keel_gateway.panels import columns, of_run
 from keel_gateway.run_folder import RunData
@@ -45,7 +46,7 @@ def build_report(run: RunData, *, made: datetime | None = None) -> str:
     """The report as HTML, made now unless told otherwise. All that users wrote is escaped."""
     job, rows = run.job, sorted(run.rows, key=lambda row: row.get("step") or 0)
     found = Summary.of(rows)
-    shown = of_run(rows)
+    shown = of_run(rows) + who_served(rows, job)
     samples, metrics, spec = sample_view(run.samples), _metrics(rows), _toml(job.get("spec") or {})
     titles = [(part.id, part.title) for part in shown]
     titles += [
@@ -124,12 +125,18 @@ def _recipe(spec: Job) -> str:
             f"{spec['model']['path']} on {spec['task']['dataset']}, seed {spec['seed']}: "
             f"{_objective(recipe)}, replay {replay}, N = {n} mini-batches a lap of "
             f"{recipe['groups_per_minibatch']} groups of {rollout['group_size']} responses, "
-            f"learning rate {recipe['learning_rate']:g}; engine {engine['kind']} in "
+            f"learning rate {recipe['learning_rate']:g}; {_engines(engine)} in "
             f"{engine['dtype']}, quantize {engine['quantize']}; cold start of "
             f"{spec['cold_start']['steps']} steps."
         )
     except (KeyError, ValueError):
         return ""
+
+
+def _engines(engine: Mapping[str, Any]) -> str:
+    kind, count = engine["kind"], engine.get("count")
+    kinds = kind if isinstance(kind, str) else " and ".join(kind)
+    return f"{count} engines {kinds}" if (count or 1) > 1 else f"engine {kinds}"
 
 
 def _objective(recipe: Mapping[str, Any]) -> str:
@@ -146,8 +153,10 @@ def _objective(recipe: Mapping[str, Any]) -> str:
 
 def _metrics(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Every column that has a value: its first and last tenth, least and largest."""
-    lines = []
+    lines, alone = [], len(engines_of(rows)) < 2  # one engine's columns say what the run's do
     for name in columns(rows):
+        if alone and name.startswith(FAMILY):
+            continue
         having = [row for row in rows if row.get(name) is not None]
         if name in _NOT_MEASURED or not having:
             continue
