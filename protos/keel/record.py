@@ -58,6 +58,8 @@ class RunRecord:
     """Address of the leased trainer; empty while QUEUED."""
     engines: tuple[str, ...] = ()
     """Addresses of the leased engines."""
+    engine_kinds: Mapping[str, str] = field(default_factory=dict)
+    """Kind of each engine that was ever leased to it, by address."""
     fencing_token: int = 0
     """Token of the trainer's lease."""
     engine_token: int = 0
@@ -67,7 +69,7 @@ class RunRecord:
     """Those of `engines` that are to be emptied and given back."""
     drained: tuple[str, ...] = ()
     """Writer: collector. Those of `draining` that have nothing of this run in flight. The gateway
-    drops those that leave, or are to serve again."""
+    drops those that leave or join."""
     phase: Phase = Phase.QUEUED
     """Writer: trainer, once StartRun was taken; the gateway before. So are all fields below."""
     attempt: int = 0
@@ -140,6 +142,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "desired": Desired,
     "trainer": str,
     "engines": lambda text: tuple(json.loads(text)),
+    "engine_kinds": json.loads,
     "fencing_token": int,
     "engine_token": int,
     "draining": lambda text: tuple(json.loads(text)),

@@ -45,7 +45,9 @@ def waiting(run: str, asked: RunSpec, **fields: Any) -> RunRecord:
 
 
 def running(run: str, asked: RunSpec, *engines: str, **fields: Any) -> RunRecord:
-    lease: dict[str, Any] = {"trainer": "t:0", "engines": engines, "engine_token": 5}
+    kinds = {name: "vllm" if name in "de" else "torch" for name in engines}
+    lease: dict[str, Any] = {"trainer": "t:0", "engines": engines, "engine_kinds": kinds}
+    lease |= {"engine_token": 5}
     lease |= {"phase": Phase.TRAINING, "policy_version": 3}
     return waiting(run, asked, **lease | fields)
 
@@ -69,7 +71,10 @@ class TestGrants:
     ) -> None:
         engines = house(a="torch", b="torch", c="torch", d="vllm", e="vllm")
         planned = plan([waiting("r", spec(kind, count))], TRAINERS, engines)
-        assert planned.grants == [Grant("r", "t:0", leased)]
+        (grant,) = planned.grants
+        assert (grant.run, grant.trainer) == ("r", "t:0")
+        assert tuple(grant.engines) == leased
+        assert all(engines[a].capabilities.can.kind == k for a, k in grant.engines.items())  # type: ignore[union-attr]
         assert planned.waiting == {}
 
     def test_a_kind_that_is_short_is_named(self) -> None:
@@ -95,7 +100,7 @@ class TestGrants:
     def test_a_drained_engine_is_not_leased(self) -> None:
         engines = house(a="torch", b="torch")
         (grant,) = plan([waiting("r", spec())], TRAINERS, engines, {"a"}).grants
-        assert grant.engines == ("b",)
+        assert grant.engines == {"b": "torch"}
         planned = plan([waiting("r", spec())], TRAINERS, engines, {"a", "b"})
         assert planned.grants == []
         assert "a is drained (keel engines undrain a)" in planned.waiting["r"]
@@ -105,13 +110,13 @@ class TestTopUp:
     def test_a_missing_kind_comes_first(self) -> None:
         engines = house(a="torch", b="torch", c="vllm")
         (grant,) = plan([running("r", spec(BOTH, 2), "a")], TRAINERS, engines).grants
-        assert grant == Grant("r", "", ("c",))
+        assert grant == Grant("r", "", {"c": "vllm"})
 
     def test_its_place_is_kept_but_no_other(self) -> None:
         """Of three, one vllm at least: a second torch may come, a third may not."""
         engines = house(a="torch", b="torch", c="torch")
         planned = plan([running("r", spec(BOTH, 3), "a")], TRAINERS, engines)
-        assert planned.grants == [Grant("r", "", ("b",))]
+        assert planned.grants == [Grant("r", "", {"b": "torch"})]
         assert planned.waiting["r"] == "waits for 1 of 3 engines, none of kind vllm: " + (
             "a is leased to r"
         )
@@ -137,7 +142,7 @@ class TestTopUp:
     def test_in_the_order_of_submission(self) -> None:
         records = [running("first", spec()), waiting("second", spec())]
         planned = plan(records, TRAINERS, house(a="torch"))
-        assert planned.grants == [Grant("first", "", ("a",))]
+        assert planned.grants == [Grant("first", "", {"a": "torch"})]
         assert "a is leased to first" in planned.waiting["second"]
 
 
@@ -149,13 +154,14 @@ class TestTransitions:
             stale={"b": "gap"},
             drained=("b",),
         )
-        after = transitions.join(before, engines=("b",), engine_token=9)
+        after = transitions.join(before, engines={"b": "vllm"}, engine_token=9)
         assert (after.engines, after.engine_token) == (("a", "b"), 9)
+        assert after.engine_kinds == {"a": "torch", "b": "vllm"}
         assert (after.fencing_token, after.trainer) == (before.fencing_token, before.trainer)
         # of another lease: it has proved nothing in this one
         assert (after.proved, after.stale, after.drained) == ({"a": 3}, {}, ())
         with pytest.raises(StateError, match="2 of 2 engines"):
-            transitions.join(after, engines=("c",), engine_token=10)
+            transitions.join(after, engines={"c": "torch"}, engine_token=10)
 
     @pytest.mark.parametrize(
         "fields",
@@ -164,7 +170,7 @@ class TestTransitions:
     )
     def test_join_only_what_goes_on(self, fields: dict[str, Any]) -> None:
         with pytest.raises(StateError, match="wants no more engines"):
-            transitions.join(running("r", spec(), **fields), engines=("b",), engine_token=9)
+            transitions.join(running("r", spec(), **fields), engines={"b": "vllm"}, engine_token=9)
 
     def test_drain_and_back(self) -> None:
         before = running("r", spec("torch", 2), "a", "b")
@@ -173,11 +179,11 @@ class TestTransitions:
         assert transitions.drain(draining, wanted={"b"}) == draining
         empty = replace(draining, drained=("b",))
         assert transitions.drain(empty, wanted={"b"}) == empty
+        # a collector that has not seen it taken back will not write again that b is empty
         back = transitions.drain(empty, wanted=set())
-        assert back == before
-        # what was found empty then says nothing of a second drain
-        late = replace(back, drained=("b",))
-        assert transitions.drain(late, wanted={"b"}) == draining
+        assert back == replace(before, drained=("b",))
+        assert transitions.leave(back) == back
+        assert transitions.drain(back, wanted={"b"}) == empty
 
     def test_leave(self) -> None:
         draining = running(
@@ -271,6 +277,7 @@ class Fleet(RuleBasedStateMachine):
             self.seen |= dict.fromkeys(after.engines, after.engine_token)
             if grant.trainer:
                 kinds = {self.engines[a].capabilities.can.kind for a in after.engines}  # type: ignore[union-attr]
+                assert kinds == {after.engine_kinds[a] for a in after.engines}
                 assert kinds == set(after.spec.engine.kinds)
                 assert len(after.engines) == after.spec.engine.engines
             self.records[grant.run] = after

@@ -39,6 +39,7 @@ def record(run: str, **fields: Any) -> RunRecord:
 
 
 LEASE: dict[str, Any] = {"trainer": "t:1", "engines": ("e:1",), "fencing_token": 7}
+GRANT: dict[str, Any] = LEASE | {"engines": {"e:1": "torch"}}
 
 
 class TestSettings:
@@ -82,7 +83,7 @@ class TestSettings:
 
 class TestTransitions:
     def test_grant_only_to_a_run_that_waits(self) -> None:
-        granted = transitions.grant(record("r"), **LEASE)
+        granted = transitions.grant(record("r"), **GRANT)
         assert (granted.trainer, granted.engines, granted.fencing_token) == ("t:1", ("e:1",), 7)
         for taken in (
             granted,
@@ -91,7 +92,7 @@ class TestTransitions:
             record("r", desired=Desired.PAUSED),
         ):
             with pytest.raises(StateError):
-                transitions.grant(taken, **LEASE)
+                transitions.grant(taken, **GRANT)
 
     @pytest.mark.parametrize(
         ("phase", "lease", "phase_after"),
@@ -246,8 +247,8 @@ class TestLeases:
         engines = {f"e:{i}": engine(f"e:{i}") for i in (1, 2)}
         planned = plan(records, trainers, engines)
         assert planned.grants == [
-            Grant("first", "t:1", ("e:1",)),
-            Grant("second", "t:2", ("e:2",)),
+            Grant("first", "t:1", {"e:1": "torch"}),
+            Grant("second", "t:2", {"e:2": "torch"}),
         ]
         assert "t:1 is leased to first" in planned.waiting["third"]
         assert "e:2 is leased to second" in planned.waiting["third"]
@@ -273,7 +274,9 @@ class TestLeases:
         assert "e:3 has not said yet" in waiting
         assert "trainer" not in waiting
         engines["e:4"] = engine("e:4")
-        assert plan([record("r")], trainers, engines).grants == [Grant("r", "t:1", ("e:4",))]
+        assert plan([record("r")], trainers, engines).grants == [
+            Grant("r", "t:1", {"e:4": "torch"})
+        ]
 
     def test_one_that_cannot_be_served_holds_up_nobody(self) -> None:
         trainers = {"t:1": Peer("t:1", healthy=True, problem="")}

@@ -130,14 +130,15 @@ def served(rows: list[dict[str, Any]], **groups: range) -> list[dict[str, Any]]:
 def test_says_who_served_what() -> None:
     """a all 40 steps, b the first 10, c the last 20: 160 groups, of which b 20 and c 40."""
     rows = served(synthetic_rows(), a=range(41), b=range(11), c=range(21, 41))
-    job = JOB | {"engines": ["a:1", "c:1"], "engine_states": {}}
+    kinds = {"a:1": "torch", "b:1": "vllm"}
+    job = JOB | {"engines": ["a:1", "c:1"], "engine_states": {}, "engine_kinds": kinds}
     html = report(job, rows)
     assert "engines" in Page(html).ids
     lines = re.findall(r'<th scope="row">(\w:1)</th>((?:<td>[^<]*</td>)*)', html)
     assert [(name, *re.findall(r"<td>([^<]*)", cells)) for name, cells in lines] == [
-        ("a:1", "1 to 40", "100", "62.5%", "1.00e-03", "there to the end"),
-        ("b:1", "1 to 10", "20", "12.5%", "1.00e-03", "has left"),
-        ("c:1", "21 to 40", "40", "25.0%", "1.00e-03", "there to the end"),
+        ("a:1", "torch", "1 to 40", "100", "62.5%", "1.00e-03", "there to the end"),
+        ("b:1", "vllm", "1 to 10", "20", "12.5%", "1.00e-03", "has left"),
+        ("c:1", "-", "21 to 40", "40", "25.0%", "1.00e-03", "there to the end"),
     ]
     lines_of = [figure for figure in figures(html) if figure["kind"] == "lines"]
     (stack,) = [one for one in lines_of if one["traces"][0].get("name") == "a:1" and not one["log"]]

@@ -16,7 +16,7 @@ from keel_gateway.summary import column, mean, trained_rows
 
 FAMILY = "engine/"
 _GROUPS, _K3 = "engine/groups/", "engine/k3/"
-HEADS = ("engine", "steps", "groups", "share", "mean mismatch/k3", "state")
+HEADS = ("engine", "kind", "steps", "groups", "share", "mean mismatch/k3", "state")
 
 
 def engines_of(rows: Sequence[Row]) -> list[str]:
@@ -83,6 +83,7 @@ def _line(engine: str, trained: Sequence[Row], job: Mapping[str, Any]) -> dict[s
         if value and name.startswith(_GROUPS)
     )
     cells = [
+        (job.get("engine_kinds") or {}).get(engine, NONE),
         f"{served[0]['step']:,} to {served[-1]['step']:,}",
         f"{sum(counts):,.0f}",
         f"{sum(counts) / every:.1%}",

@@ -28,7 +28,8 @@ class Grant:
     run: str
     trainer: str
     """Empty: it has one."""
-    engines: tuple[str, ...]
+    engines: dict[str, str]
+    """Kind by address, in the order of lease."""
 
 
 @dataclass(slots=True)
@@ -75,22 +76,24 @@ def plan(
         free_trainers, no_trainer = _free("trainer", trainers, held, lambda trainer: "")
         unfit = partial(_unfit, record, drained)
         free_engines, no_engine = _free("engine", engines, held, unfit)
-        kinds = {address: _kind(engines.get(address)) for address in engines}
-        has = Counter(kinds.get(address, "") for address in record.engines)
-        chosen = _choose(record.spec.engine.kinds, need, has, [(a, kinds[a]) for a in free_engines])
+        has = Counter(record.engine_kinds.get(address, "") for address in record.engines)
+        chosen = _choose(
+            record.spec.engine.kinds, need, has, {a: _kind(engines[a]) for a in free_engines}
+        )
         short = need - len(chosen)
         reasons = []
         if not record.trainer and not free_trainers:
             reasons.append(no_trainer)
         if short:
-            lacking = _lacking(record.spec.engine.kinds, has, [kinds[a] for a in chosen])
+            there = {*has, *chosen.values()}
+            lacking = [kind for kind in record.spec.engine.kinds if kind not in there]
             reasons.append(_waits(record, len(engines), short, lacking, no_engine))
         if reasons:
             result.waiting[record.run] = "; ".join(reasons)
         if record.trainer:
-            grant = Grant(record.run, "", tuple(chosen))
+            grant = Grant(record.run, "", chosen)
         elif not reasons:
-            grant = Grant(record.run, free_trainers[0], tuple(chosen))
+            grant = Grant(record.run, free_trainers[0], chosen)
         else:
             continue
         if chosen:
@@ -100,35 +103,30 @@ def plan(
 
 
 def _choose(
-    kinds: Sequence[str], need: int, has: Mapping[str, int], free: Sequence[tuple[str, str]]
-) -> list[str]:
+    kinds: Sequence[str], need: int, has: Mapping[str, int], free: Mapping[str, str]
+) -> dict[str, str]:
     """At most `need` of the free, kinds spread evenly, the first of `kinds` first.
 
     A place is kept for every kind of which there would be none.
 
     Args:
         has: engines that the run has, by kind.
-        free: address and kind of each that suits.
+        free: kind of each that suits, by address; and so are those returned.
     """
-    count, chosen, left = Counter(has), list[str](), list(free)
+    count, chosen, left = Counter(has), dict[str, str](), dict(free)
     while len(chosen) < need:
         missing = [kind for kind in kinds if not count[kind]]
-        there = {kind for _, kind in left}
+        there = set(left.values())
         wanted = [kind for kind in missing if kind in there]
         if not wanted and len(missing) < need - len(chosen):
             wanted = [kind for kind in kinds if kind in there]
         if not wanted:
             break
         kind = min(wanted, key=lambda kind: (count[kind], kinds.index(kind)))
-        one = next(item for item in left if item[1] == kind)
-        left.remove(one)
-        chosen.append(one[0])
+        address = next(address for address, theirs in left.items() if theirs == kind)
+        chosen[address] = left.pop(address)
         count[kind] += 1
     return chosen
-
-
-def _lacking(kinds: Sequence[str], has: Mapping[str, int], chosen: Sequence[str]) -> list[str]:
-    return [kind for kind in kinds if not has.get(kind) and kind not in chosen]
 
 
 def _waits(
@@ -158,8 +156,9 @@ def _free(
     return free, f"waits for {noun}: {told}" if told else f"waits for {noun}"
 
 
-def _kind(engine: Engine | None) -> str:
-    return engine.capabilities.can.kind if engine and engine.capabilities else ""
+def _kind(engine: Engine) -> str:
+    assert engine.capabilities is not None, "one that has not said what it can do is not free"
+    return engine.capabilities.can.kind
 
 
 def _unfit(record: RunRecord, drained: Collection[str], engine: Engine) -> str:

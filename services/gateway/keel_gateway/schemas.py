@@ -63,8 +63,10 @@ class Job(_Answer):
     """Leased trainer; empty before."""
     engines: list[str]
     """Leased engines."""
+    engine_kinds: dict[str, str]
+    """Kind of each engine that it has or had, by address."""
     engine_states: dict[str, EngineState]
-    """State of each of them, by address: JOINING (has not yet proved that it serves the newest
+    """State of each that it has, by address: JOINING (has not yet proved that it serves the newest
     version), READY, DRAINING, STALE or LOST. Empty once the job is over."""
     artifact: str
     """Folder of the base model, on the trainer's disk."""
@@ -100,6 +102,7 @@ class Job(_Answer):
             attempt=record.attempt,
             trainer=record.trainer,
             engines=list(record.engines),
+            engine_kinds=dict(record.engine_kinds),
             engine_states=dict(engine_states),
             artifact=record.artifact,
             model=record.model,

@@ -42,7 +42,7 @@ SUFFIX_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
 """Of run ids: no characters that are mistaken for each other."""
 GATEWAY_FIELDS = (
     *("desired", "trainer", "engines", "fencing_token", "engine_token", "phase", "finished_s"),
-    *("error", "draining", "drained", "proved", "stale"),
+    *("error", "engine_kinds", "draining", "drained", "proved", "stale"),
 )
 """Fields of a record that a transition may change."""
 STEPS_PER_READ = 256

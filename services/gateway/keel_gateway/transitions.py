@@ -37,24 +37,32 @@ V = TypeVar("V")
 
 
 def grant(
-    record: RunRecord, *, trainer: str, engines: tuple[str, ...], fencing_token: int
+    record: RunRecord, *, trainer: str, engines: Mapping[str, str], fencing_token: int
 ) -> RunRecord:
-    """Leases a trainer and engines to a run that waits for them."""
+    """Leases a trainer and engines to a run that waits for them.
+
+    Args:
+        engines: kind by address, in the order of lease.
+    """
     if record.phase is not Phase.QUEUED or record.trainer or record.desired is not Desired.RUNNING:
         raise StateError(f"run {record.run!r} does not wait for a lease ({_state(record)})")
     return replace(
         record,
         trainer=trainer,
-        engines=engines,
+        engines=tuple(engines),
+        engine_kinds=dict(engines),
         fencing_token=fencing_token,
         engine_token=fencing_token,
     )
 
 
-def join(record: RunRecord, *, engines: tuple[str, ...], engine_token: int) -> RunRecord:
+def join(record: RunRecord, *, engines: Mapping[str, str], engine_token: int) -> RunRecord:
     """Leases more engines to a run that goes on with fewer than it asks for.
 
     What was known of them is forgotten: between two leases they may have served others.
+
+    Args:
+        engines: kind by address, in the order of lease.
     """
     want = record.spec.engine.engines
     goes_on = record.trainer and not record.phase.final and record.desired is Desired.RUNNING
@@ -68,6 +76,7 @@ def join(record: RunRecord, *, engines: tuple[str, ...], engine_token: int) -> R
     return replace(
         record,
         engines=(*record.engines, *engines),
+        engine_kinds={**record.engine_kinds, **engines},
         engine_token=engine_token,
         draining=_without(record.draining, engines),
         drained=_without(record.drained, engines),
@@ -85,10 +94,8 @@ def drain(record: RunRecord, *, wanted: Collection[str]) -> RunRecord:
     if record.phase.final:
         return record
     draining = tuple(address for address in record.engines if address in wanted)
-    # who is asked anew has to be found empty anew
-    again = set(record.draining) & set(draining)
-    drained = tuple(address for address in record.drained if address in again)
-    return replace(record, draining=draining, drained=drained)
+    # `drained` is the collector's: it may not have seen a drain that was taken back and asked anew
+    return replace(record, draining=draining)
 
 
 def leave(record: RunRecord, *, lost: Collection[str] = ()) -> RunRecord:
