@@ -131,7 +131,7 @@ class Engine(pb_grpc.RolloutServiceServicer):
         need(asked.quantize in none, "precision.quantize", asked.quantize, "QUANTIZATION_NONE")
         key = pb.LoadModelRequest(files=request.files, precision=asked).SerializeToString()
         async with self.changing:
-            if (self.run, self.key) != (request.lease.run, key):
+            if request.anew or (self.run, self.key) != (request.lease.run, key):
                 model = await self.compute(Model, files, asked)
                 self.run, self.key, self.manifest = request.lease.run, key, None
                 self.precision.CopyFrom(asked)

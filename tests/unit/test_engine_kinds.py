@@ -30,12 +30,19 @@ pytest_plugins = ["cli_fixtures"]
         ("vllm", ("torch",), ("vllm",)),
         ("torch=2, vllm", ("torch",), ("torch", "torch", "vllm")),
         ("vllm=1,torch=1", ("torch",), ("vllm", "torch")),
+        ("torch, gpu-7:50051,gpu-7:50052", ("torch",), ("torch", "gpu-7:50051", "gpu-7:50052")),
     ],
 )
 def test_engines_by_number_or_by_kind(
     text: str, kinds: tuple[str, ...], found: tuple[str, ...]
 ) -> None:
     assert parse_engines(text, kinds) == found
+
+
+@pytest.mark.parametrize("text", ["gpu-7:", ":50051", "gpu-7:0", "gpu-7:65536", "torch,a:b"])
+def test_an_address_is_a_host_and_a_port(text: str) -> None:
+    with pytest.raises(InvalidField, match=r"--engines: .*HOST:PORT"):
+        parse_engines(text)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +68,7 @@ def test_each_engine_runs_in_the_python_of_its_kind(
     python = tmp_path / "python"
     python.touch(mode=0o755)
     monkeypatch.setenv(VLLM_PYTHON, str(python))
-    stack = Stack(tmp_path, engines=("torch", "vllm", "torch"))
+    stack = Stack(tmp_path, engines=("torch", "vllm", "gpu-7:50051", "torch"))
     services = {service.name: service.argv for service in stack._services()}
     engines = {name: argv for name, argv in services.items() if name.startswith("engine-")}
     assert list(engines) == ["engine-0", "engine-1", "engine-2"]
@@ -69,7 +76,8 @@ def test_each_engine_runs_in_the_python_of_its_kind(
     assert [argv[4] for argv in engines.values()] == ["torch", "vllm", "torch"]
     flags = services["gateway"]
     told = flags[list(flags).index("--engines") + 1].split(",")
-    assert told == [f"127.0.0.1:{stack.ports[name]}" for name in engines]
+    started = [f"127.0.0.1:{stack.ports[name]}" for name in engines]
+    assert told == [*started, "gpu-7:50051"], "one that runs already is told of, not started"
 
 
 def test_without_its_environment_vllm_is_not_started(

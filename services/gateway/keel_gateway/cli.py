@@ -60,7 +60,10 @@ def up(
     ] = 8080,
     engines: Annotated[
         str,
-        typer.Option(metavar="N|KIND=N,...", help="Rollout engines: 2, or torch=1,vllm=1."),
+        typer.Option(
+            metavar="N|KIND=N|HOST:PORT,...",
+            help="Rollout engines: 2, or torch=1,vllm=1; HOST:PORT is one that runs already.",
+        ),
     ] = "1",
     device: Device = "cpu",
     threads: Threads = 1,
@@ -197,8 +200,9 @@ def run(
     engines: Annotated[
         str | None,
         typer.Option(
-            metavar="N|KIND=N,...",
-            help="Engines started: 2, or torch=1,vllm=1. Left out: what the job asks for.",
+            metavar="N|KIND=N|HOST:PORT,...",
+            help="Engines: 2, or torch=1,vllm=1; HOST:PORT is one that runs already. Left out: "
+            "those that the job asks for are started.",
         ),
     ] = None,
     device: Device = "cpu",

@@ -1,4 +1,4 @@
-"""The engines that Keel starts on this machine: their kinds, number and interpreters."""
+"""The engines of a stack: those that Keel starts, by kind, number and interpreter, and others."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from pathlib import Path
 
 from keel.errors import InvalidField
 from keel.spec import EngineSpec
+from keel_gateway.settings import parse_address
 from keel_gateway.supervisor import StackError
 
 KINDS = ("torch", "vllm")
-"""Those that `keel_rollout.engine_main` knows. Whoever starts another says so to the gateway."""
+"""Those that `keel_rollout.engine_main` knows. Whoever starts another gives its address."""
 VLLM_PYTHON = "KEEL_VLLM_PYTHON"
 VLLM_VENV = ".venv-vllm"
 """vLLM pins another torch, so it lives in an environment of its own."""
 MOST = 64
-VALID = f"a number from 1 to {MOST}, or kinds of {', '.join(KINDS)}, such as torch=1,vllm=1"
+VALID = (
+    f"a number from 1 to {MOST}, or kinds of {', '.join(KINDS)}, such as torch=1,vllm=1, or "
+    "HOST:PORT of one that runs already"
+)
 
 
 def parse_engines(text: str, kinds: Sequence[str] = KINDS[:1]) -> tuple[str, ...]:
-    """The kind of each engine that `--engines` asks for.
+    """Each engine that `--engines` asks for: its kind, or its address if it runs already.
 
     Args:
         kinds: what a bare number means: each in turn.
@@ -31,12 +35,16 @@ def parse_engines(text: str, kinds: Sequence[str] = KINDS[:1]) -> tuple[str, ...
         InvalidField: it is neither a number nor kinds, or one of `kinds` cannot be started here.
 
     Example:
-        parse_engines("torch=2,vllm") == ("torch", "torch", "vllm")
+        parse_engines("torch=2,gpu-7:50051") == ("torch", "torch", "gpu-7:50051")
     """
     if count := _count(text):
         return tuple(islice(cycle(_startable(kinds)), count))
     found: list[str] = []
     for part in text.split(","):
+        if ":" in part:
+            parse_address("--engines", part)
+            found.append(part.strip())
+            continue
         kind, equals, number = part.strip().partition("=")
         count = _count(number) if equals else 1
         if kind not in KINDS or not count or kind in found:
@@ -77,7 +85,7 @@ def _startable(kinds: Sequence[str]) -> Sequence[str]:
     for kind in kinds:
         if kind not in KINDS:
             started = f"one that is started here ({', '.join(KINDS)})"
-            valid = f"{started}; start an engine of your own, and a gateway with its address"
+            valid = f"{started}; start an engine of your own, and say --engines HOST:PORT"
             raise InvalidField("engine.kind", kind, valid)
     return kinds
 

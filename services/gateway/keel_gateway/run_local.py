@@ -47,7 +47,7 @@ def run_local(
     model. Returns the job as it ended.
 
     Args:
-        engines: the kind of each engine that is started.
+        engines: the kind of each engine that is started, or the address of one that runs already.
         console: takes what is told before and after.
         show: shows the run until it is over, and returns its job.
         sinks: take its rows meanwhile.

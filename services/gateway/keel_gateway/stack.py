@@ -52,7 +52,8 @@ class Stack:
 
     Args:
         port: the gateway's; None takes a free one.
-        engines: the kind of each: "torch", "vllm".
+        engines: the kind of each, "torch" or "vllm"; or the address of one that runs already, which
+            the gateway is told of.
         device: torch device of engines and trainer.
         threads: torch threads of engines and trainer. They enter the rounding.
         args: further arguments by service name.
@@ -165,8 +166,10 @@ class Stack:
             self.ports = {name: port for name, port in self.ports.items() if port != self._port}
             self.ports["gateway"] = checked_port(self._port)
         redis_service, redis_url = self._redis()
-        kinds = {f"engine-{number}": kind for number, kind in enumerate(self._engines)}
-        engines = [self._address(name) for name in kinds]
+        running = [engine for engine in self._engines if ":" in engine]
+        started = [engine for engine in self._engines if ":" not in engine]
+        kinds = {f"engine-{number}": kind for number, kind in enumerate(started)}
+        engines = [*(self._address(name) for name in kinds), *running]
         trainer = self._address("trainer")
         gateway = self._address("gateway")
         self.url = f"http://{gateway}"
