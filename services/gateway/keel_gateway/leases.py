@@ -73,9 +73,9 @@ def plan(
         need = record.spec.engine.engines - len(record.engines)
         if need <= 0 if record.trainer else record.phase is not Phase.QUEUED:
             continue
-        free_trainers, no_trainer = _free("trainer", trainers, held, lambda trainer: "")
+        free_trainers, no_trainer = _free(record, "trainer", trainers, held, lambda trainer: "")
         unfit = partial(_unfit, record, drained)
-        free_engines, no_engine = _free("engine", engines, held, unfit)
+        free_engines, no_engine = _free(record, "engine", engines, held, unfit)
         has = Counter(record.engine_kinds.get(address, "") for address in record.engines)
         chosen = _choose(
             record.spec.engine.kinds, need, has, {a: _kind(engines[a]) for a in free_engines}
@@ -142,16 +142,24 @@ def _waits(
 
 
 def _free(
-    noun: str, peers: Mapping[str, P], held: Mapping[str, str], unfit: Callable[[P], str]
+    record: RunRecord,
+    noun: str,
+    peers: Mapping[str, P],
+    held: Mapping[str, str],
+    unfit: Callable[[P], str],
 ) -> tuple[list[str], str]:
-    """Addresses that can be leased, and why the others cannot."""
+    """Addresses that can be leased, and why the others cannot; the run's own need no words."""
     if not peers:
         return [], f"no {noun} is configured (the gateway's --{noun}s, KEEL_{noun.upper()}S)"
     why = {
         address: f"is leased to {held[address]}" if address in held else peer.problem or unfit(peer)
         for address, peer in peers.items()
     }
-    told = ", ".join(f"{address} {reason}" for address, reason in why.items() if reason)
+    told = ", ".join(
+        f"{address} {reason}"
+        for address, reason in why.items()
+        if reason and held.get(address) != record.run
+    )
     free = [address for address, reason in why.items() if not reason]
     return free, f"waits for {noun}: {told}" if told else f"waits for {noun}"
 
