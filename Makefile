@@ -56,6 +56,7 @@ lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	$(BIN)/python scripts/cli_page.py --check
 	$(BIN)/python scripts/protos_page.py --check
 	$(BIN)/python scripts/rest_page.py --check
+	$(BIN)/python scripts/conformance_page.py --check
 	$(BIN)/properdocs build --quiet --strict -f mkdocs.yml
 
 format: $(SETUP) ## format the code
@@ -71,6 +72,7 @@ docs: $(SETUP) ## generate the reference pages in docs/
 	$(BIN)/python scripts/cli_page.py
 	$(BIN)/python scripts/protos_page.py
 	$(BIN)/python scripts/rest_page.py
+	$(BIN)/python scripts/conformance_page.py
 
 site: $(SETUP) ## build the docs into site/, to be opened as site/index.html; a broken link fails
 	$(BIN)/properdocs build --strict -f mkdocs.yml

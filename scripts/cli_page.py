@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import typer
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
+from keel_gateway import cli_group
 from keel_gateway.cli import app
-from keel_gateway.cli_group import EXIT_STATUSES
+from keel_gateway.cli_group import EXIT_STATUSES, GROUP
 
-PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "cli.md"
 
 HEAD = """# The command `keel`
 
@@ -43,8 +47,19 @@ for at most half a second, the ids of jobs. `keel --show-completion` prints what
 """
 
 
+def declared() -> list[EntryPoint]:
+    """Commands that the distributions of this checkout add, installed anew or not."""
+    found = []
+    for path in sorted(ROOT.glob("services/*/pyproject.toml")):
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        for name, value in project.get("entry-points", {}).get(GROUP, {}).items():
+            found.append(EntryPoint(name, value, GROUP))
+    return found
+
+
 def page() -> str:
     """The whole page."""
+    cli_group.added = declared
     command = get_command(app)
     body = get_docs_for_click(obj=command, ctx=typer.Context(command), name="keel", indent=1)
     rows = (f"| {status} | {meaning} |" for status, meaning in EXIT_STATUSES.items())

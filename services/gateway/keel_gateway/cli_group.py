@@ -58,14 +58,14 @@ class KeelGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         """Own commands, then those that were added."""
         own = super().list_commands(ctx)
-        return [*own, *sorted(entry.name for entry in _entries() if entry.name not in own)]
+        return [*own, *sorted(entry.name for entry in added() if entry.name not in own)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, or None. An added one that does not load is named in a warning."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
-        for entry in _entries():
+        for entry in added():
             if entry.name == cmd_name:
                 return _load(entry)
         return None
@@ -162,21 +162,22 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, str | int | float | bool) else repr(value)
 
 
-def _entries() -> list[EntryPoint]:
+def added() -> list[EntryPoint]:
+    """Commands that installed distributions add."""
     return list(entry_points(group=GROUP))
 
 
 def _load(entry: EntryPoint) -> Any:
     try:
-        added = entry.load()
+        found = entry.load()
     except ImportError as error:  # one broken distribution must not take `keel` away
         err.print(f"keel {entry.name} cannot be loaded ({entry.value}): {error}", style="yellow")
         return None
-    if isinstance(added, typer.Typer):
-        command = get_command(added)
+    if isinstance(found, typer.Typer):
+        command = get_command(found)
     else:
         single = typer.Typer(add_completion=False)
-        single.command(entry.name)(added)
+        single.command(entry.name)(found)
         command = get_command(single)
     command.name = entry.name
     return command
