@@ -34,20 +34,18 @@ def who_served(rows: Sequence[Row], job: Mapping[str, Any]) -> list[Shown]:
     engines, trained = engines_of(rows), trained_rows(rows)
     if len(engines) < 2:
         return []
-    # a step without any of an engine's groups has no column of it, and what is stacked needs a zero
-    groups = [dict.fromkeys((f"{_GROUPS}{one}" for one in engines), 0) | row for row in trained]
     charts = (
         (
             Chart(
                 "Groups by engine",
-                "Groups trained on in each step, by the engine that sampled them.",
+                "Groups trained on a step, mean over its lap, by the engine that sampled them.",
                 [
                     Line(f"{_GROUPS}{one}", place, stacked=True, called=one)
                     for place, one in enumerate(engines)
                 ],
                 unit="groups",
             ),
-            groups,
+            _over_laps(trained, engines),
         ),
         (
             Chart(
@@ -71,6 +69,21 @@ def who_served(rows: Sequence[Row], job: Mapping[str, Any]) -> list[Shown]:
             [_line(one, trained, job) for one in engines],
         )
     ]
+
+
+def _over_laps(trained: Sequence[Row], engines: Sequence[str]) -> list[Row]:
+    """Groups a step, by engine: means over laps, since a cohort is often some whole steps."""
+    laps: dict[Any, list[Row]] = {}
+    for row in trained:
+        laps.setdefault(row["lap"], []).append(row)
+    means = {
+        lap: {
+            name: sum(row.get(name) or 0 for row in rows) / len(rows)
+            for name in (f"{_GROUPS}{one}" for one in engines)
+        }
+        for lap, rows in laps.items()
+    }
+    return [{"step": row["step"]} | means[row["lap"]] for row in trained]
 
 
 def _line(engine: str, trained: Sequence[Row], job: Mapping[str, Any]) -> dict[str, Any]:
