@@ -11,8 +11,10 @@ export TOKENIZERS_PARALLELISM ?= false
 
 PYPROJECTS := protos/pyproject.toml $(wildcard services/*/pyproject.toml)
 SETUP := $(VENV)/.setup-done
+VLLM_VENV := .venv-vllm
+SETUP_VLLM := $(VLLM_VENV)/.setup-done
 
-.PHONY: help setup demo test test-unit test-browser faults lint format protos docs site site-serve bench-wire bench-quantize clean
+.PHONY: help setup engine-vllm demo test test-unit test-vllm test-browser faults lint format protos docs site site-serve bench-wire bench-quantize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +32,14 @@ DEMO_torch :=
 DEMO_vllm := --set engine.kind=vllm --set engine.dtype=bfloat16 --set engine.quantize=none
 ENGINE ?= torch
 
+engine-vllm: $(SETUP_VLLM) ## make .venv-vllm, where engines of kind vllm run (CPU; 3 GB)
+
+$(SETUP_VLLM): protos/pyproject.toml services/rollout/pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e protos -e services/rollout
+	@touch $@
+
 demo: $(SETUP) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html (ENGINE=vllm)
 	$(BIN)/keel run examples/multiplication.toml --out runs/demo $(DEMO_$(ENGINE))
 
@@ -38,6 +48,9 @@ test: $(SETUP) ## run every test
 
 test-unit: $(SETUP) ## run the tests that take seconds
 	$(BIN)/pytest tests/unit tests/contract
+
+test-vllm: $(SETUP) $(SETUP_VLLM) ## test the vLLM engine, for real (four minutes)
+	$(BIN)/pytest tests/vllm
 
 test-browser: $(SETUP) ## look at the report in Chromium; screenshots in runs/screenshots
 	$(BIN)/pytest tests/browser
@@ -87,5 +100,5 @@ bench-quantize: $(SETUP) ## what emulated fp8 and fp4 cost, and what they do to 
 	$(BIN)/python benchmarks/quantize.py
 
 clean: ## remove the virtual environment, caches and runs
-	rm -rf $(VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -296,9 +296,11 @@ async def engine_client(address: str, run: str, token: int) -> AsyncIterator[Eng
 
 
 @contextlib.contextmanager
-def engine_process(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+def engine_process(
+    *arguments: str, python: str = sys.executable
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """Starts `keel-engine` on a free port; yields its address and process."""
-    command = [sys.executable, "-m", "keel_rollout.engine_main", "--listen", "127.0.0.1:0"]
+    command = [python, "-m", "keel_rollout.engine_main", "--listen", "127.0.0.1:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment

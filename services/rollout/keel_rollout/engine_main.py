@@ -21,7 +21,7 @@ from keel_rollout.servicer import RolloutServicer
 
 log = logging.getLogger("keel.engine")
 
-KINDS = {"torch": "keel_rollout.engines.torch"}
+KINDS = {"torch": "keel_rollout.engines.torch", "vllm": "keel_rollout.engines.vllm"}
 """Module of each kind, with `create(device, threads)`. Only the chosen one is imported."""
 
 GRACE_S = 5.0

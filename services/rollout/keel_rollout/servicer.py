@@ -148,6 +148,9 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
             served, self._served = self._served, None  # no request for one model meets the other
             try:
                 loaded = await self._engine.load(files, precision)
+            except BrokenModel:
+                self._loaded = self._model_key = self._newest = self._staging = None
+                raise
             except BaseException:
                 self._served = served
                 raise

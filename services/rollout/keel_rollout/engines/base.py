@@ -131,7 +131,7 @@ class Engine(Protocol):
         """Takes an architecture without weights, in place of any other.
 
         Every request in flight or waiting ends ABORTED. Raises ModelError or InvalidField, the
-        old model then being kept.
+        old model then being kept; BrokenModel if it is gone too, the engine then being EMPTY.
         """
         ...
 

@@ -1,0 +1,59 @@
+"""The processes that vLLM starts, and the shared memory that they leave behind when killed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+
+def started(before: Collection[psutil.Process]) -> list[psutil.Process]:
+    """Children of this process that are new since `before`, and theirs."""
+    new = [child for child in children() if child not in before]
+    for child in list(new):
+        with suppress(psutil.Error):
+            new += child.children(recursive=True)
+    return new
+
+
+def children() -> list[psutil.Process]:
+    """Children of this process, but for Python's own tracker."""
+    return [child for child in psutil.Process().children() if not _is_tracker(child)]
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    try:
+        return any("resource_tracker" in part for part in process.cmdline())
+    except psutil.Error:
+        return True
+
+
+def segments(pid: int | str) -> set[Path]:
+    """Segments of POSIX shared memory that Python made and the process has mapped."""
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return set()
+    return {Path(path) for path in re.findall(r"(/dev/shm/psm_\w+)", maps)}
+
+
+def end(processes: Iterable[psutil.Process], memory: Iterable[Path]) -> None:
+    """Kills what still runs, waits until it is gone, and removes its shared memory."""
+    left = list(processes)
+    for process in left:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+    for path in memory:
+        path.unlink(missing_ok=True)
+
+
+def end_self() -> None:
+    """Ends this process at once, its shared memory with it."""
+    for path in segments("self"):
+        path.unlink(missing_ok=True)
+    os._exit(1)
