@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 SETUP_VLLM := $(VLLM_VENV)/.setup-done
 
-.PHONY: help setup engine-vllm demo test test-unit test-vllm test-browser faults lint format protos docs site site-serve bench-wire bench-quantize clean
+.PHONY: help setup engine-vllm demo test test-unit test-vllm test-browser faults lint format protos docs site site-serve bench-wire bench-engines bench-quantize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -95,6 +95,9 @@ site-serve: $(SETUP) ## show the docs at http://127.0.0.1:8000 while you write t
 
 bench-wire: $(SETUP) ## nanoseconds a token to encode and decode a sequence with routes
 	$(BIN)/python benchmarks/wire.py
+
+bench-engines: $(SETUP) ## tokens/s of each engine behind gRPC against in process, and with routes against without (minutes)
+	$(BIN)/python benchmarks/engines.py
 
 bench-quantize: $(SETUP) ## what emulated fp8 and fp4 cost, and what they do to log-probs and routes (a minute)
 	$(BIN)/python benchmarks/quantize.py

@@ -10,7 +10,6 @@ import xxhash
 from keel import codec
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.rpc import CHUNK_BYTES
-from keel.types.v1 import sequence_pb2
 from keel_rollout.engines.base import Finished, Piece
 
 CHUNK_TOKENS = 512
@@ -45,33 +44,26 @@ class GroupMessages:
             rows_a_chunk = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // row_bytes))
         for begin in range(0, max(len(piece.token_ids_T), rows), rows_a_chunk):
             end = begin + rows_a_chunk
-            chunk = pb.SequenceChunk(sample=sample)
+            message = pb.GenerateResponse()
+            chunk = message.chunk
+            chunk.sample = sample
             if begin < len(piece.token_ids_T):
-                chunk.token_ids.CopyFrom(codec.to_tensor(piece.token_ids_T[begin:end]))
-                chunk.rollout_logprobs.CopyFrom(
-                    codec.to_tensor(piece.rollout_logprobs_T[begin:end])
-                )
+                codec.fill(chunk.token_ids, piece.token_ids_T[begin:end])
+                codec.fill(chunk.rollout_logprobs, piece.rollout_logprobs_T[begin:end])
             if routes_RLK is not None and begin < rows:
-                chunk.routes.CopyFrom(codec.to_tensor(routes_RLK[begin:end]))
-            yield pb.GenerateResponse(chunk=chunk)
+                codec.fill(chunk.routes, routes_RLK[begin:end])
+            yield message
 
     def _complete(self, finished: Finished) -> pb.GenerateResponse:
         sample = finished.sample
-        spans = [
-            sequence_pb2.VersionSpan(
-                span=sequence_pb2.Span(begin=run.begin, end=run.end),
-                policy_version=run.policy_version,
-            )
-            for run in finished.versions
-        ]
-        return pb.GenerateResponse(
-            complete=pb.SequenceComplete(
-                sample=sample,
-                finish_reason=finished.reason,
-                response_tokens=self._tokens[sample],
-                route_rows=self._rows[sample],
-                routes_valid=finished.routes_valid,
-                routes_xxh3=self._digests[sample].intdigest() if self._rows[sample] else 0,
-                policy_versions=spans,
-            )
-        )
+        message = pb.GenerateResponse()
+        complete = message.complete
+        complete.sample, complete.finish_reason = sample, finished.reason
+        complete.response_tokens, complete.route_rows = self._tokens[sample], self._rows[sample]
+        complete.routes_valid = finished.routes_valid
+        if self._rows[sample]:
+            complete.routes_xxh3 = self._digests[sample].intdigest()
+        for run in finished.versions:
+            entry = complete.policy_versions.add(policy_version=run.policy_version)
+            entry.span.begin, entry.span.end = run.begin, run.end
+        return message
