@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from contract.test_engine_minimal import minimal_process
 from jobs import Jobs, job_spec
+from minimalkit import minimal_process
 
 from keel_gateway.stack import Stack
 
