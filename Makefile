@@ -40,7 +40,7 @@ $(SETUP_VLLM): protos/pyproject.toml services/rollout/pyproject.toml requirement
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -e protos -e services/rollout
 	@touch $@
 
-demo: $(SETUP) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html (ENGINE=vllm)
+demo: $(SETUP) $(if $(filter vllm,$(ENGINE)),$(SETUP_VLLM)) ## train a small Mixture-of-Experts model through the whole stack; see runs/demo/report.html (ENGINE=vllm)
 	$(BIN)/keel run examples/multiplication.toml --out runs/demo $(DEMO_$(ENGINE))
 
 test: $(SETUP) ## run every test
