@@ -112,7 +112,8 @@ class ScriptedEngine(pb_grpc.RolloutServiceServicer):
     be set for answers to begin.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, deterministic: bool = True, routes: bool = True) -> None:
+        self.deterministic, self.routes = deterministic, routes
         self.requests: list[pb.GenerateRequest] = []
         self.cancelled = 0
         self.max_sequence_tokens = 512
@@ -144,9 +145,9 @@ class ScriptedEngine(pb_grpc.RolloutServiceServicer):
         return pb.GetCapabilitiesResponse(
             can=pb.EngineAbilities(
                 kind="scripted",
-                routes=True,
-                deterministic=True,
-                max_cohort_sequences=1024,
+                routes=self.routes,
+                deterministic=self.deterministic,
+                max_cohort_sequences=1024 if self.deterministic else 0,
                 max_group_size=1024,
             ),
             loaded=pb.ModelSignature(

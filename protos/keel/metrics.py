@@ -63,6 +63,8 @@ FAMILIES: dict[str, str] = {
     "eval/": "one held-out set, after this step: eval/SET/avg@K, the mean reward of K responses a "
     "prompt; eval/SET/pass@K, the share of prompts with a right one among them",
     "is/dropped/": "share of tokens that recipe.is_filter drops, by its name: icepop or sequence",
+    "engine/groups/": "groups trained on that one engine sampled, by its address",
+    "engine/k3/": "mismatch/k3 of the tokens that one engine sampled, nats: which engine is off",
     "routing/layer/": "routing/pair_disagree of one MoE layer, by its global layer number",
 }
 """Columns whose names depend on the run: what they begin with, and what they mean."""

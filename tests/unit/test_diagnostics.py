@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from keel_trainer.diagnostics import entropy_stats, merge, metrics
+from keel_trainer.diagnostics import engine_stats, entropy_stats, merge, metrics
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -29,6 +32,19 @@ def test_entropy_counts_valid_tokens_only():
     entropy = torch.tensor([[1.0, 2.0, 100.0]])
     mask = torch.tensor([[True, True, False]])
     assert metrics(entropy_stats(entropy, mask) | {"tokens": scalar(2)})["entropy"] == 1.5
+
+
+def test_k3_is_told_by_the_engine_that_sampled():
+    """Two tokens off by log 2, one exact; a row of an unknown engine counts nowhere."""
+    gap = torch.tensor([[0.0, math.log(2)], [0.0, 0.0], [math.log(2), 9.0]])
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    stats = engine_stats(["a:1", "", "b:2"], gap, torch.zeros(3, 2), mask)
+    row = metrics(stats)
+    k3 = 2 - math.log(2) - 1
+    assert {key: value for key, value in row.items() if key.startswith("engine")} == {
+        "engine/k3/a:1": pytest.approx(k3 / 2),
+        "engine/k3/b:2": pytest.approx(k3),
+    }
 
 
 def test_the_columns_that_issue_2_fixes_are_all_there():

@@ -63,6 +63,7 @@ def sample_lap(
                 length_norm=recipe.length_norm,
             ),
             temperature=1.0,
+            engines=[[""] * (size // 2)] * 2,
             row={},
             generate_s=0.0,
         )

@@ -15,6 +15,9 @@ Stats = dict[str, Tensor]
 _LAYER = "routing/layer/"
 """Begins the columns of single MoE layers, and the keys of their differing pairs."""
 
+_ENGINE, _ENGINE_TOKENS = "engine/k3/", "engine_tokens/"
+"""Begin the columns of single engines, and the keys of their tokens."""
+
 _DROPPED = "is/dropped/"
 """Begins the column of the filter in use, and the key of the tokens that it dropped."""
 
@@ -68,6 +71,24 @@ def replay_stats(requested_NTLK: Tensor, dispatched_NTLK: Tensor, mask_NT: Tenso
     return {"replay_rows_requested": counts.pairs, "replay_rows_obeyed": counts.pairs_equal}
 
 
+def engine_stats(
+    engines: Sequence[str], proximal_NT: Tensor, rollout_NT: Tensor, mask_NT: Tensor
+) -> Stats:
+    """`mismatch/k3` and its tokens, by the engine that sampled each row.
+
+    Args:
+        engines: address by row; empty where it is not known.
+    """
+    mismatch_NT = (proximal_NT.double() - rollout_NT.double()).masked_fill(~mask_NT, 0.0)
+    k3_N = (mismatch_NT.expm1() - mismatch_NT).sum(-1)
+    tokens_N = mask_NT.sum(-1).double()
+    return merge(
+        {f"{_ENGINE}{engine}": k3_N[row], f"{_ENGINE_TOKENS}{engine}": tokens_N[row]}
+        for row, engine in enumerate(engines)
+        if engine
+    )
+
+
 def metrics(stats: Stats) -> dict[str, float | None]:
     """The algorithm's columns of a row, from merged stats.
 
@@ -113,4 +134,7 @@ def metrics(stats: Stats) -> dict[str, float | None]:
         }
         # every token has one pair in each layer
         row |= {k: mean(k, sums["routing_tokens"]) for k in sums if k.startswith(_LAYER)}
+    for key in sums:
+        if key.startswith(_ENGINE):
+            row[key] = mean(key, sums[_ENGINE_TOKENS + key.removeprefix(_ENGINE)])
     return row | {key: mean(key) for key in sums if key.startswith(_DROPPED)}

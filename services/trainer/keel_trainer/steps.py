@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,6 +40,8 @@ class MiniBatch:
 
     micros: list[MicroBatch]
     """Valid sequences only, in slot order."""
+    engines: list[list[str]]
+    """Address of the engine that sampled each row, by micro-batch."""
     denominator: float
     temperature: float
     row: Row
@@ -106,15 +109,18 @@ class MiniBatch:
             )
             for cut in cuts
         ]
+        engines = [envelope.group.engine for envelope in envelopes]
+        engines_N = [engine for engine, group in zip(engines, groups, strict=True) for _ in group]
         row = _data_row(
             groups,
             everything,
             sequences,
             trainer_version,
             [verifier.part for verifier in spec.task.verifiers],
-        )
+        ) | _engine_row(engines, groups)
         return cls(
             micros=micros,
+            engines=[[engines_N[kept[i]] for i in cut] for cut in cuts],
             denominator=loss_denominator(
                 groups=recipe.groups_per_minibatch,
                 group_size=spec.rollout.group_size,
@@ -187,6 +193,11 @@ def update(
             )
         live = scored.natural_NTLK if scored else out.natural_NTLK
         proximal_NT = scored.logprobs_NT if scored else out.policy_logprobs_NT
+        stats.append(
+            diagnostics.engine_stats(
+                minibatch.engines[index], proximal_NT, micro.rollout_logprobs_NT, micro.mask_NT
+            )
+        )
         samples.see(minibatch.shown, index, micro, proximal_NT, live)
         if micro.engine_routes_NTLK is not None and live is not None:
             stats.append(
@@ -345,6 +356,16 @@ def _data_row(
         "tokens/prompt": sum(s.prompt_length for s in everything),
         "tokens/response": sum(lengths),
     }
+
+
+def _engine_row(engines: Sequence[str], groups: Sequence[Sequence[TrainSequence]]) -> Row:
+    """Groups that are trained on, by the engine that sampled them."""
+    trained = [
+        engine
+        for engine, group in zip(engines, groups, strict=True)
+        if engine and any(sequence.valid for sequence in group)
+    ]
+    return {f"engine/groups/{engine}": count for engine, count in sorted(Counter(trained).items())}
 
 
 def _reward_parts(valid: Sequence[TrainSequence], verifiers: Sequence[str]) -> Row:

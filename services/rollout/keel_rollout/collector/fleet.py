@@ -32,19 +32,25 @@ COHORTS_IN_FLIGHT = 2
 """Of one engine: one computes and one waits there, so that it never idles."""
 
 
-def choose(ready: Sequence[str], in_flight: Mapping[str, int], avoid: str = "") -> str | None:
+def choose(
+    ready: Sequence[str],
+    in_flight: Mapping[str, int],
+    avoid: str = "",
+    room: int = COHORTS_IN_FLIGHT,
+) -> str | None:
     """The engine for a cohort: of those with room the least loaded, in order of lease.
 
     Args:
         ready: addresses that may be given one.
         in_flight: cohorts by address; none where it is missing.
         avoid: has just failed this cohort, and gets it again only if there is no other.
+        room: most cohorts of one engine.
 
     Returns:
         None where the cohort has to wait.
     """
     suited = [address for address in ready if address != avoid] or ready
-    free = [a for a in suited if in_flight.get(a, 0) < COHORTS_IN_FLIGHT]
+    free = [a for a in suited if in_flight.get(a, 0) < room]
     return min(free, key=lambda address: in_flight.get(address, 0), default=None)
 
 
@@ -105,12 +111,20 @@ class Fleet:
         assert model is not None
         return model
 
-    def take(self, version: int, avoid: str = "") -> Member | None:
-        """An engine for a cohort of `version`, by `choose`; the cohort then counts as in flight."""
-        if self._watched.record.policy_version != version:
+    def take(self, version: int, left: int, avoid: str = "") -> Member | None:
+        """An engine for a cohort of `version`, by `choose`; the cohort then counts as in flight.
+
+        Args:
+            left: cohorts that are not done yet. Where each engine can have one of its own, none
+                gets two, though the others prove the version a moment later.
+        """
+        record = self._watched.record
+        if record.policy_version != version:
             return None
         in_flight = {address: member.cohorts for address, member in self._members.items()}
-        address = choose(self._usable(), in_flight, avoid)
+        coming = set(record.engines) - set(record.draining) - record.stale.keys()
+        room = 1 if left <= len(coming) else COHORTS_IN_FLIGHT
+        address = choose(self._usable(), in_flight, avoid, room)
         if address is None:
             return None
         member = self._members[address]

@@ -81,9 +81,10 @@ class Sender:
         try:
             while waiting or under_way:
                 change = self._fleet.change  # before looking, so that none is missed
+                left = len(waiting) + len(under_way)
                 for number in sorted(waiting):
                     one = waiting[number]
-                    if member := self._fleet.take(policy_version, one.failed_at):
+                    if member := self._fleet.take(policy_version, left, one.failed_at):
                         task = asyncio.create_task(self._try(member, one, template, take, began_s))
                         # also where it is cancelled before it begins
                         task.add_done_callback(partial(self._ended, member))
