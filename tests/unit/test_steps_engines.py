@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from keel import codec
 from keel.presets import PRESETS
 from keel.spec import parse_spec
