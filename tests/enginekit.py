@@ -297,10 +297,12 @@ async def engine_client(address: str, run: str, token: int) -> AsyncIterator[Eng
 
 @contextlib.contextmanager
 def engine_process(
-    *arguments: str, python: str = sys.executable
+    *arguments: str,
+    python: str = sys.executable,
+    program: Sequence[str] = ("-m", "keel_rollout.engine_main"),
 ) -> Iterator[tuple[str, subprocess.Popen]]:
     """Starts `keel-engine` on a free port; yields its address and process."""
-    command = [python, "-m", "keel_rollout.engine_main", "--listen", "127.0.0.1:0"]
+    command = [python, *program, "--listen", "127.0.0.1:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment

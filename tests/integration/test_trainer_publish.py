@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from keel.record import RunRecord
 from keel.spec import parse_spec
 from keel_trainer.artifact import prepare_artifact
 from keel_trainer.backends.torch import TorchBackend
-from keel_trainer.delivery import EngineError
+from keel_trainer.delivery import EngineError, EngineLink
 from keel_trainer.publish import Publisher
 from keel_trainer.version import SharedWeights, Version, probe_tokens
 
@@ -288,3 +289,52 @@ def test_weights_go_by_reference_to_those_that_share_the_folder(
     assert list((shared / "weights" / "shared").iterdir()) == []
     run.publisher.close()
     assert not (shared / "weights" / "shared").exists()
+
+
+def test_engines_are_brought_to_a_version_at_the_same_time(
+    started: Callable[..., Run],
+    address: str,
+    second: str,
+    backend: TorchBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each takes two seconds longer than it does; one after the other would be four."""
+    run = started(address, second, run="parallel", token=90)
+    bring = EngineLink.bring
+
+    def slow(link: EngineLink, *args: Any, **options: Any) -> Any:
+        time.sleep(2)
+        return bring(link, *args, **options)
+
+    monkeypatch.setattr(EngineLink, "bring", slow)
+    began = time.monotonic()
+    run.publish(version(backend, 0))
+    run.until(lambda record: record.proved == {address: 0, second: 0})
+    assert 2 <= time.monotonic() - began < 4
+
+
+def test_a_newer_version_overtakes_one_that_a_slow_engine_still_waits_for(
+    started: Callable[..., Run],
+    address: str,
+    second: str,
+    backend: TorchBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = started(address, second, run="overtaken", token=100)
+    brought: list[tuple[str, int]] = []
+    go = threading.Event()
+    bring = EngineLink.bring
+
+    def slow(link: EngineLink, sent: Version, *args: Any, **options: Any) -> Any:
+        if link.address == second:
+            assert go.wait(30)
+        brought.append((link.address, sent.number))
+        return bring(link, sent, *args, **options)
+
+    monkeypatch.setattr(EngineLink, "bring", slow)
+    for number in range(4):
+        run.publish(version(backend, number))
+    go.set()
+    run.until(lambda record: record.proved == {address: 3, second: 3})
+    assert [number for to, number in brought if to == address] == [0, 1, 2, 3]
+    assert [number for to, number in brought if to == second] == [0, 3]

@@ -41,6 +41,18 @@ def test_round_trip_is_exact_and_old_ones_go(tmp_path: Path) -> None:
     assert torch.equal(tensors["rng/cpu"], torch.get_rng_state())
 
 
+def test_a_checkpoint_of_when_there_was_one_kind_of_engine_is_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    file = checkpoints.save(progress(4), state(1)) / "progress.json"
+    for gap, gaps in ((0.02, {"torch": 0.02}), (None, {})):
+        content = json.loads(file.read_text())
+        content.pop("first_gaps", None)
+        file.write_text(json.dumps(content | {"first_gap": gap}))
+        loaded = checkpoints.load_latest()
+        assert loaded is not None
+        assert loaded[0].first_gaps == gaps
+
+
 def test_those_that_exist_are_listed(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     assert checkpoints.existing(4, 10) == []
