@@ -167,7 +167,7 @@ async def test_an_engine_that_dies_mid_lap_and_stays_dead_costs_nothing(
     async with collector(server.url):
         await until(lambda: len(first.requests) >= 2)
         await first.stop()
-        await until(lambda: done(client), seconds=5)
+        await until(lambda: done(client))
     assert served(client) == {second.address: 8}
     assert [without_times(envelope) for envelope in envelopes(client)] == expected
 
@@ -181,7 +181,7 @@ async def test_a_dead_engine_is_not_chosen(
     began = time.monotonic()
     async with collector(server.url):
         await until(lambda: done(client))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     tries = Counter(request.cohort.id for request in engine.requests)
     assert set(tries.values()) == {2}, "no cohort was tried elsewhere before"
 
