@@ -2,8 +2,9 @@
 
 `make bench-engines`. Each engine is started once (`engine_host.py`) and used both ways: over gRPC
 by the collector's own client, in another process, every message decoded and every checksum
-verified; and by `Engine.generate` beside it. Rounds are interleaved; a ratio is the median of those
-of its rounds. `cpu` is the same ratio in tokens per second of CPU that the engine's processes used,
+verified; and in process: torch by `Engine.generate`, vLLM by its own AsyncLLM. (vLLM collects
+routes whether they are asked for or not.) Rounds are interleaved; a ratio is the median of those of
+its rounds. `cpu` is the same ratio in tokens per second of CPU that the engine's processes used,
 which a busy machine disturbs less. Prints a table and writes benchmarks/results/engines.json.
 """
 
