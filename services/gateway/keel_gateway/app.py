@@ -23,7 +23,7 @@ DESCRIPTION = """\
 Reinforcement learning for (Mixture-of-Experts) language models, kept stable: *Stabilizing
 Reinforcement Learning with LLMs* (arXiv 2512.01374) as services.
 
-Submit a **RunSpec** to `/v1/jobs`; the gateway leases it a trainer and a rollout engine and tells
+Submit a **RunSpec** to `/v1/jobs`; the gateway leases it a trainer and rollout engines and tells
 how it does. Every error is `application/problem+json` (RFC 9457) and names the field, the value and
 what would be valid.
 """
