@@ -159,11 +159,14 @@ async def test_a_prompt_from_the_prefix_cache_has_its_own_versions_routes(
 
 
 async def test_64_groups_at_once(serving: EngineClient, model_a: Any) -> None:
-    """512 sequences, each whole; those looked at are right."""
+    """512 sequences, each whole; those looked at are right. Their prompts, 20,480 tokens, are more
+    than vLLM computes in a step: cut in two, a prompt would end the engine.
+    """
+    prompts = np.random.default_rng(1).integers(0, 64, (64, 40)).tolist()
     groups = await asyncio.gather(
         *(
-            serving.generate([5, slot % 60, 2], num_samples=8, slot=slot, seed=slot, max_tokens=24)
-            for slot in range(64)
+            serving.generate(prompt, num_samples=8, slot=slot, seed=slot, max_tokens=24)
+            for slot, prompt in enumerate(prompts)
         )
     )
     assert {len(s.tokens) for group in groups for s in group} == {24}

@@ -85,7 +85,9 @@ class Sender:
                 for number in sorted(waiting):
                     one = waiting[number]
                     if member := self._fleet.take(policy_version, left, one.failed_at):
-                        task = asyncio.create_task(self._try(member, one, template, take, began_s))
+                        # the model as it is now: a failure beside this one takes it from the member
+                        work = self._try(member, member.model, one, template, take, began_s)
+                        task = asyncio.create_task(work)
                         # also where it is cancelled before it begins
                         task.add_done_callback(partial(self._ended, member))
                         under_way[task] = number, waiting.pop(number)
@@ -112,14 +114,15 @@ class Sender:
     async def _try(
         self,
         member: Member,
+        model: EngineModel | None,
         waiting: _Waiting,
         template: pb.GenerateRequest,
         take: Take,
         began_s: float,
     ) -> EngineFailure | None:
         """One try of a cohort at one engine; returns what may pass if it is sent again."""
-        client, model = member.client, member.model
-        assert model is not None
+        client = member.client
+        assert model is not None, "Fleet.take gives those whose model is known"
         slots = list(waiting.cohort.slots)
         common = pb.GenerateRequest(
             with_routes=model.routed and template.purpose == pb.PURPOSE_TRAINING

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
+
 from keel_rollout.engines.base import Engine
 
 
@@ -17,4 +20,5 @@ def create(device: str, threads: int) -> Engine:
     prepare_environment(device, threads)  # vLLM reads it when it is imported
     from keel_rollout.engines.vllm.engine import VllmEngine
 
+    atexit.register(gc.freeze)  # or Python collects vLLM's million objects for seconds at its end
     return VllmEngine(device)

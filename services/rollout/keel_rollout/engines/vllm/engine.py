@@ -155,7 +155,7 @@ class VllmEngine:
             group.over = True
             self._groups.discard(group)
             self._check_idle()
-            if group.handle is None:
+            if not group.admitted:
                 start.cancel()
             elif group.unfinished:
                 self._spawn(self._abort(group))
@@ -169,6 +169,7 @@ class VllmEngine:
             return
         assert self._version is not None
         group.mark(self._version)
+        group.admitted = True
         self._idle.clear()
         seed = int(stream_keys(group.request.seed, 1)[0] >> np.uint64(2))
         try:
@@ -211,7 +212,7 @@ class VllmEngine:
                 group.fail(error)
 
     def _check_idle(self) -> None:
-        if not any(g.handle is not None for g in self._groups):
+        if not any(group.admitted for group in self._groups):
             self._idle.set()
 
     # -- pause -------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ class VllmEngine:
             await self._drained()
             return 0
         async with self._control:
-            running = [group for group in self._groups if group.handle is not None]
+            running = [group for group in self._groups if group.admitted]
             if mode == pb.PAUSE_MODE_KEEP and not self._frozen:
                 await self._vllm.freeze()
                 self._frozen = True
@@ -296,8 +297,8 @@ class VllmEngine:
             ) from error
 
     def _cross(self, group: Group, version: int) -> None:
-        """Moves a submitted group over to a version, or refuses it if it wanted another."""
-        if group.handle is None:
+        """Moves an admitted group over to a version, or refuses it if it wanted another."""
+        if not group.admitted:
             return
         refusal = None if group.started else self._refusal(group)
         if refusal is None:

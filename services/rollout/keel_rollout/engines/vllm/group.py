@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from keel.errors import KeelError
 from keel.types.v1 import sequence_pb2
-from keel_rollout.engines.base import Finished, GroupRequest, Piece, VersionRun
+from keel_rollout.engines.base import EngineFailed, Finished, GroupRequest, Piece, VersionRun
 
 FLUSH_TOKENS = 256
 """Tokens leave in pieces of this many."""
@@ -73,8 +73,10 @@ class Group:
     def __init__(self, request: GroupRequest, layers: list[int], dtype: type[np.integer]) -> None:
         self.request = request
         self.sink: asyncio.Queue[Piece | Finished | KeelError] = asyncio.Queue()
+        self.admitted = False
+        """Whether it has passed the gate."""
         self.handle: str | None = None
-        """vLLM's name of the request, once it has been submitted."""
+        """vLLM's name of the request, a moment later."""
         self.over = False
         self._layers, self._dtype = layers, dtype
         prompt = len(request.prompt_P)
@@ -105,7 +107,9 @@ class Group:
             sample.tokens += completion.token_ids
             if completion.logprobs:
                 sample.logprobs += [_logprob(entry) for entry in completion.logprobs]
-            if completion.finish_reason is not None:
+            if completion.finish_reason == "error":
+                self.fail(EngineFailed("vLLM failed at this request; its log says why"))
+            elif completion.finish_reason is not None:
                 self._finish(sample, completion.finish_reason, completion.routed_experts)
             elif len(sample.tokens) >= FLUSH_TOKENS:
                 self.sink.put_nowait(sample.take())
@@ -121,7 +125,7 @@ class Group:
         self.sink.put_nowait(
             Finished(
                 sample.index,
-                REASONS.get(reason, sequence_pb2.FINISH_REASON_ABORTED),
+                REASONS[reason],
                 sample.versions(),
                 routes_valid=rows > 0 and rows == sample.end - 1,
             )

