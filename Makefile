@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 SETUP_VLLM := $(VLLM_VENV)/.setup-done
 
-.PHONY: help setup engine-vllm demo test test-unit test-vllm test-browser faults lint format protos docs site site-serve bench-wire bench-engines bench-quantize clean
+.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults lint format protos docs site site-serve bench-wire bench-engines bench-quantize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ test-unit: $(SETUP) ## run the tests that take seconds
 
 test-vllm: $(SETUP) $(SETUP_VLLM) ## test the vLLM engine, for real (four minutes)
 	$(BIN)/pytest tests/vllm
+
+conformance: $(SETUP) ## prove that the engines keep the contract: torch, vllm (where .venv-vllm is), examples/engine_minimal
+	$(BIN)/python scripts/conformance.py
 
 test-browser: $(SETUP) ## look at the report in Chromium; screenshots in runs/screenshots
 	$(BIN)/pytest tests/browser

@@ -23,7 +23,6 @@ RUNNER = CliRunner()
     [
         ("tiny-qwen3-moe", "bfloat16"),
         ("tiny-deepseek-v3", "float32"),
-        ("tiny-olmoe", "float32"),
         ("tiny-qwen3", "float32"),
     ],
 )

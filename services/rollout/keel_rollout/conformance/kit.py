@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from keel_rollout.conformance.reference import (
 )
 from keel_rollout.conformance.verdicts import NotRun, Number, Unmet
 
-GREEDY = 0.0
-RESPONSE_TOKENS = 24
-LONG_TOKENS, LONG_SAMPLES = 192, 16
-TRIES = 4
+GREEDY, COOLER = 0.0, 0.7
+TEMPERATURES = (1.0, COOLER, GREEDY)
+RESPONSE_TOKENS = 20
+FIT_TOKENS = 8
+LONG_TOKENS, LONG_SAMPLES = 128, 8
+FREED_TRIES = 40
+"""How often it is asked whether what was left is freed, 50 ms apart."""
+TRIES = 6
 """How often a generation is caught half-way before the row gives up."""
 
 
@@ -55,9 +60,19 @@ class Batch:
         found = self.reference.logprobs(self.everything, self.temperature, **options)
         return [f[len(s.prompt) - 1 :] for f, s in zip(found, self.sequences, strict=True)]
 
+    @cached_property
+    def plain(self) -> list[Floats]:
+        """The float32 reference, routed by itself."""
+        return self.expected()
+
+    @cached_property
+    def rounded(self) -> list[Floats]:
+        """The reference rounded to the engine's dtype."""
+        return self.plain if self.reference.dtype == "float32" else self.expected(rounded=True)
+
     def noise(self) -> Floats:
         """|d log p| of the reference rounded to the engine's dtype, all tokens."""
-        return gaps(self.expected(rounded=True), self.expected())
+        return gaps(self.rounded, self.plain)
 
     def limit(self) -> float:
         """The most that mean |d log p| may be."""
@@ -65,15 +80,14 @@ class Batch:
 
     def numbers(self) -> list[Number]:
         """Median and mean gap to the reference."""
-        found = gaps(self.logprobs, self.expected())
+        found = gaps(self.logprobs, self.plain)
         return gap_numbers(self.reference.dtype, found, self.noise())
 
     def worst_place(self) -> Number:
         """The response position whose median gap over the sequences is largest."""
-        expected = self.expected()
         medians = []
         for place in range(min(len(s.tokens) for s in self.sequences)):
-            pairs = zip(self.logprobs, expected, strict=True)
+            pairs = zip(self.logprobs, self.plain, strict=True)
             medians.append(np.median([abs(ours[place] - ref[place]) for ours, ref in pairs]))
         limit = limits(self.reference.dtype, self.noise())[0]
         return Number("worst position", float(np.max(medians)), PLACE_FACTOR * limit)
@@ -184,29 +198,33 @@ class Kit:
         return max(1, min(wanted, self.can.max_group_size))
 
     async def batch(self, temperature: float) -> Batch:
-        """This stage's sequences at a temperature: four prompts of 1 to 17 tokens, sampled once."""
+        """This stage's sequences at one of TEMPERATURES, sampled once for all of them together."""
+        await self.serving()
+        if (self.stage, temperature) not in self._batches:
+            found = await asyncio.gather(*(self._sample(t) for t in TEMPERATURES))
+            self._batches |= {(self.stage, t): b for t, b in zip(TEMPERATURES, found, strict=True)}
+        return self._batches[self.stage, temperature]
+
+    async def _sample(self, temperature: float) -> Batch:
+        """Four prompts of 1 to 17 tokens."""
         version = await self.serving()
-        key = (self.stage, temperature)
-        if key not in self._batches:
-            greedy = temperature == GREEDY
-            calls = [
-                self.client.generate(
-                    self.prompt(length),
-                    samples=self.samples(1 if greedy else 4),
-                    slot=slot,
-                    seed=next(self._seeds),
-                    temperature=temperature,
-                    max_tokens=self.tokens(RESPONSE_TOKENS),
-                    purpose=EVALUATION if greedy else pb.PURPOSE_TRAINING,
-                    with_routes=self.routes and not greedy,
-                    version=version.manifest.policy_version,
-                )
-                for slot, length in enumerate((1, 4, 9, 17))
-            ]
-            groups = await asyncio.gather(*calls)
-            sequences = [sequence for group in groups for sequence in group]
-            self._batches[key] = Batch(sequences, temperature, self.reference)
-        return self._batches[key]
+        greedy = temperature == GREEDY
+        calls = [
+            self.client.generate(
+                self.prompt(length),
+                samples=self.samples(1 if greedy else 4),
+                slot=slot,
+                seed=next(self._seeds),
+                temperature=temperature,
+                max_tokens=self.tokens(RESPONSE_TOKENS),
+                purpose=EVALUATION if greedy else pb.PURPOSE_TRAINING,
+                with_routes=self.routes and not greedy,
+                version=version.manifest.policy_version,
+            )
+            for slot, length in enumerate((1, 4, 9, 17))
+        ]
+        groups = await asyncio.gather(*calls)
+        return Batch([s for group in groups for s in group], temperature, self.reference)
 
     async def fits(self) -> list[Number]:
         """A short generation's gap to what is served by the kit's reckoning."""
@@ -214,6 +232,7 @@ class Kit:
         group = await self.client.generate(
             self.prompt(5),
             samples=self.samples(4),
+            max_tokens=self.tokens(FIT_TOKENS),
             seed=next(self._seeds),
             version=version.manifest.policy_version,
         )
@@ -235,11 +254,12 @@ class Kit:
         """How long that group takes undisturbed, measured once, after a warm-up."""
         if self.long_s is None:
             await self.serving()
-            for _ in range(2):
-                begin_s = time.perf_counter()
-                await self.client.collect(self.long_request())
-                self.long_s = time.perf_counter() - begin_s
-        assert self.long_s is not None
+            warm = self.long_request()
+            warm.sampling.max_tokens = 2
+            await self.client.collect(warm)
+            begin_s = time.perf_counter()
+            await self.client.collect(self.long_request())
+            self.long_s = time.perf_counter() - begin_s
         return self.long_s
 
     @asynccontextmanager
@@ -255,17 +275,29 @@ class Kit:
                 running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
-    async def idle(self, within_s: float = 10.0) -> None:
-        """Returns once nothing is in flight; Unmet if something still is after a while."""
-        end_s = time.monotonic() + within_s
-        while True:
+    async def freed(self, hang_up: Callable[[pb.GenerateRequest, float], Awaitable[None]]) -> str:
+        """A request as long as the model takes is begun and left by its caller; Unmet if the engine
+        goes on with it.
+
+        Args:
+            hang_up: sends the request and leaves it after so many seconds.
+        """
+        seconds = await self.long_seconds()
+        request = self.long_request()
+        room = self.model.max_tokens - len(self.prompt(3))
+        request.sampling.max_tokens = min(room, 4 * LONG_TOKENS)
+        whole_s = seconds * request.sampling.max_tokens / self.tokens(LONG_TOKENS)
+        await hang_up(request, 0.1 * whole_s)
+        for _ in range(FREED_TRIES):
+            # while paused nothing that was left can come to its end by itself
             left = await self.client.pause(pb.PAUSE_MODE_KEEP)
+            await asyncio.sleep(0.05 if left else 0)
             await self.client.resume()
             if left == 0:
-                return
-            if time.monotonic() > end_s:
-                raise Unmet(f"{left} sequences in flight {within_s:g} s later", "0: they are freed")
-            await asyncio.sleep(0.02)
+                return f"freed after about a tenth of {whole_s:.2f} s"
+        raise Unmet(
+            f"{left} sequences in flight, their caller gone long ago", "they are freed at once"
+        )
 
 
 def too_fast() -> NotRun:

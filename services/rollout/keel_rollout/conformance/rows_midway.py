@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from keel.rollout.v1 import rollout_service_pb2 as pb
+from keel.types.v1.sequence_pb2 import FINISH_REASON_LENGTH
 from keel_rollout.conformance.client import Sampled
-from keel_rollout.conformance.kit import TRIES, Kit, too_fast
+from keel_rollout.conformance.kit import TRIES, Batch, Kit, too_fast
 from keel_rollout.conformance.reference import (
     FLOORS,
     PLACE_FACTOR,
@@ -21,6 +22,7 @@ from keel_rollout.conformance.reference import (
     mean_gap,
     replay_limit,
 )
+from keel_rollout.conformance.rows_engine import expect
 from keel_rollout.conformance.rows_numbers import TELLING, USED, WORSE, late
 from keel_rollout.conformance.verdicts import Found, Number, Row, Unmet
 
@@ -31,23 +33,37 @@ async def midway(kit: Kit) -> Found:
     for attempt in range(TRIES):
         old, new = kit.reference, kit.other()
         old_version = await kit.serving()
-        async with kit.half_way(0.5 / (1 + attempt)) as running:
+        async with kit.half_way(0.5 / 2**attempt) as running:
             in_flight = await kit.client.pause(pb.PAUSE_MODE_KEEP)
             try:
                 version = await kit.publish(new)
             finally:
                 await kit.client.resume()
             group = await running
+        for s in group:
+            expect("finish_reason", s.complete.finish_reason, FINISH_REASON_LENGTH)
         if in_flight and any(len(s.spans) > 1 for s in group):
             break
+        _one_version(group, {old_version.manifest.policy_version: old}, new)
     else:
-        if in_flight:
-            raise Unmet(f"one version span in each of {in_flight} sequences", "old and new version")
         raise too_fast()
     numbers = [v.manifest.policy_version for v in (old_version, version)]
     for s in group:
         _spans_cover(s, numbers)
     return _fit(kit, [s for s in group if len(s.spans) == 2], (old, new))
+
+
+def _one_version(group: list[Sampled], others: dict[int, Reference], new: Reference) -> None:
+    """Sequences of one span each, which may be: not caught half-way. Then all tokens fit it."""
+    for s in group:
+        number = s.spans[0][2] if s.spans else -1
+        batch = Batch([s], 1.0, others.get(number, new))
+        wrong = [str(found) for found in batch.numbers() if not found.ok]
+        if wrong:
+            raise Unmet(
+                f"policy_versions {s.spans}: {'; '.join(wrong)}",
+                "two spans, of the old and the new version, each fitting its tokens",
+            )
 
 
 def _spans_cover(s: Sampled, numbers: list[int]) -> None:
@@ -96,7 +112,9 @@ class _Part:
             [np.array([*[0] * (len(s.prompt) - 1), *s.logprobs], np.float32) for s in group]
         )
         self.plain = self.cut(reference.logprobs(self.everything))
-        self.rounded = self.cut(reference.logprobs(self.everything, rounded=True))
+        self.rounded = self.plain
+        if reference.dtype != "float32":
+            self.rounded = self.cut(reference.logprobs(self.everything, rounded=True))
 
     def cut(self, whole: list[Floats]) -> list[Floats]:
         """This part of each sequence."""

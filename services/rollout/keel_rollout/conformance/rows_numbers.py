@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keel import codec
-from keel_rollout.conformance.kit import GREEDY, Batch, Kit
+from keel_rollout.conformance.kit import COOLER, GREEDY, Batch, Kit
 from keel_rollout.conformance.reference import (
     FLOORS,
     Routes,
@@ -18,7 +18,6 @@ from keel_rollout.conformance.reference import (
 )
 from keel_rollout.conformance.verdicts import Found, NotRun, Number, Row, Unmet
 
-COOLER = 0.7
 TELLING = 3.0
 """Routes a row late must be this times worse than the ones used, and than the limit for these."""
 WORSE = 1.25
@@ -34,7 +33,7 @@ async def logprobs(kit: Kit) -> Found:
 async def cooler(kit: Kit) -> Found:
     """At 0.7; the gap to log-probs at temperature 1 tells which ones they are."""
     batch = await kit.batch(COOLER)
-    raw = Batch(batch.sequences, 1.0, batch.reference).expected()
+    raw = Batch(batch.sequences, 1.0, batch.reference).plain
     to_raw = mean_gap(batch.logprobs, raw)
     return [*batch.numbers(), batch.worst_place(), f"to those at temperature 1: {to_raw:.2g}"]
 
@@ -111,12 +110,12 @@ async def routes_used(kit: Kit) -> Found:
     routes = [s.routes_TLK for s in batch.sequences]
     # the reference rounded to the engine's dtype, as if it were an engine: what one may look like
     rounded = reference.natural_routes(everything, rounded=True)
-    noise = gaps(batch.expected(rounded=True), batch.expected(routes=rounded))
+    noise = gaps(batch.rounded, batch.expected(routes=rounded))
     limit = replay_limit(reference.dtype, noise)
     natural = reference.natural_routes(everything)
-    if mean_gap(batch.expected(routes=late(natural)), batch.expected()) < 2 * TELLING * limit:
+    if mean_gap(batch.expected(routes=late(natural)), batch.plain) < 2 * TELLING * limit:
         raise NotRun("this model's log-probs hardly depend on its routes")
-    unreplayed = mean_gap(batch.logprobs, batch.expected())
+    unreplayed = mean_gap(batch.logprobs, batch.plain)
     replayed = mean_gap(batch.logprobs, batch.expected(routes=routes))
     shifted = mean_gap(batch.logprobs, batch.expected(routes=late(routes)))
     differ = [

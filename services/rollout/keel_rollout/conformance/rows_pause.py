@@ -39,7 +39,7 @@ async def abort(kit: Kit) -> Found:
     """Caught half-way, everything ends with what there is, and that is valid."""
     await kit.serving()
     for attempt in range(TRIES):
-        async with kit.half_way(0.4 / (1 + attempt)) as running:
+        async with kit.half_way(0.4 / 2**attempt) as running:
             in_flight = await kit.client.pause(pb.PAUSE_MODE_ABORT)
             async with holds_back(kit):
                 group = await running
@@ -80,7 +80,7 @@ async def keep(kit: Kit) -> Found:
     """Frozen and thawed, a sequence is what it would have been."""
     await kit.serving()
     for attempt in range(TRIES):
-        async with kit.half_way(0.4 / (1 + attempt)) as running:
+        async with kit.half_way(0.4 / 2**attempt) as running:
             in_flight = await kit.client.pause(pb.PAUSE_MODE_KEEP)
             async with holds_back(kit):
                 if in_flight and running.done():

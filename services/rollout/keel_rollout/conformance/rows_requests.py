@@ -28,7 +28,7 @@ GROUPS = 64
 async def stream(kit: Kit) -> Found:
     """Order, lengths, hash (checked while reading); spans and reasons here."""
     number = (await kit.serving()).manifest.policy_version
-    samples, wanted = kit.samples(4), kit.tokens(100)
+    samples, wanted = kit.samples(4), kit.tokens(64)
     prompt = kit.prompt(5)
     group = await kit.client.generate(
         prompt, samples=samples, max_tokens=wanted, with_routes=kit.routes
@@ -202,25 +202,26 @@ async def oversized(kit: Kit) -> Found:
 
 async def cancel(kit: Kit) -> Found:
     """A caller that hangs up frees what it held."""
-    await kit.long_seconds()
-    async with kit.half_way(0.2) as running:
+
+    async def hang_up(request: pb.GenerateRequest, after_s: float) -> None:
+        running = asyncio.ensure_future(kit.client.collect(request))
+        await asyncio.sleep(after_s)
         running.cancel()
-    await kit.idle()
-    return await kit.fits()
+        await asyncio.gather(running, return_exceptions=True)
+
+    note = await kit.freed(hang_up)
+    return [*await kit.fits(), note]
 
 
 async def deadline(kit: Kit) -> Found:
     """So does one whose deadline has passed."""
-    seconds = await kit.long_seconds()
-    call = kit.client.collect(kit.long_request(), timeout_s=max(0.02, 0.2 * seconds))
-    try:
+
+    async def hang_up(request: pb.GenerateRequest, after_s: float) -> None:
+        call = kit.client.collect(request, timeout_s=max(0.02, after_s))
         await refused(call, (grpc.StatusCode.DEADLINE_EXCEEDED,))
-    except Unmet as unmet:
-        if unmet.seen.endswith("accepted"):
-            raise NotRun("the engine was done before the deadline") from unmet
-        raise
-    await kit.idle()
-    return await kit.fits()
+
+    note = await kit.freed(hang_up)
+    return [*await kit.fits(), note]
 
 
 async def concurrent(kit: Kit) -> Found:

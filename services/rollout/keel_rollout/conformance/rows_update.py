@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from keel_rollout.conformance.client import SAFETENSORS, Version, refused
-from keel_rollout.conformance.kit import Batch, Kit
-from keel_rollout.conformance.reference import (
-    Reference,
-)
+from keel_rollout.conformance.kit import FIT_TOKENS, Batch, Kit
+from keel_rollout.conformance.reference import FLOORS, Reference, mean_gap
 from keel_rollout.conformance.rows_engine import PRECONDITION, policy_version
-from keel_rollout.conformance.verdicts import Found, NotRun, Row, Unmet
+from keel_rollout.conformance.verdicts import Found, NotRun, Number, Row, Unmet
 
 
 async def by_stream(kit: Kit) -> Found:
@@ -42,7 +40,9 @@ async def bfloat16(kit: Kit) -> Found:
     kit.newest += 1
     version, kit.served = Version.build(kit.newest, rounded), None
     await kit.client.update(version)
-    group = await kit.client.generate(kit.prompt(5), samples=kit.samples(4))
+    group = await kit.client.generate(
+        kit.prompt(5), samples=kit.samples(4), max_tokens=kit.tokens(FIT_TOKENS)
+    )
     batch = Batch(group, 1.0, Reference(_rounded(reference), reference.dtype))
     return batch.numbers()
 
@@ -67,19 +67,22 @@ async def same_again(kit: Kit) -> Found:
 
 
 async def only_grow(kit: Kit) -> Found:
-    """A lower number, and the same number for other bits."""
-    version = await kit.serving()
+    """A lower number, and the same number for other bits; the probe tells what is served then."""
+    version, tokens = await kit.serving(), kit.prompt(32, seed=1)
+    before = await kit.probed(tokens)
     number, tensors = version.manifest.policy_version, kit.other().tensors()
     cases = [(number, "the number served, for other bits")]
     if number > 0:
         cases.append((number - 1, "a lower number"))
-    for wanted, what in cases:
-        try:
+    try:
+        for wanted, what in cases:
             await refused(_update(kit, Version.build(wanted, tensors)), PRECONDITION, what=what)
-        except Unmet:
-            kit.served = None  # who knows what is served now
-            raise
-    return [*await policy_version(kit), *await kit.fits()]
+        moved = mean_gap([await kit.probed(tokens)], [before])
+        note = await policy_version(kit)
+    except Unmet:
+        kit.served = None  # who knows what is served now
+        raise
+    return [Number("the probe has moved by", moved, FLOORS[kit.reference.dtype]), *note]
 
 
 async def _update(kit: Kit, version: Version) -> None:
