@@ -220,7 +220,11 @@ def rows(kind: str, taken: dict[str, list[tuple[float, float]]]) -> Iterator[dic
 
 def main() -> None:
     """Measures every engine that can be started here; says which cannot."""
-    found = []
+    print(
+        f"{WORK.groups} groups of {WORK.samples} x {WORK.tokens} tokens, {ROUNDS} rounds, {PRESET}"
+    )
+    print(f"{'':24} {'ours':>8} {'peer':>8}  ratio   aim    cpu   lowest, highest", flush=True)
+    found: list[dict[str, Any]] = []
     for kind in sys.argv[1:] or ["torch", "vllm"]:
         try:
             bench = Bench(kind)
@@ -230,20 +234,19 @@ def main() -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 publish(bench.address, Path(folder))
-            found += rows(kind, asyncio.run(measure(bench)))
+            measured = list(rows(kind, asyncio.run(measure(bench))))
         finally:
             bench.close()
-    print(
-        f"{WORK.groups} groups of {WORK.samples} x {WORK.tokens} tokens, {ROUNDS} rounds, {PRESET}"
-    )
-    print(f"{'':24} {'ours':>8} {'peer':>8}  ratio   aim    cpu   lowest, highest")
-    for row in found:
-        print(
-            f"{row['id']:24} {row['ours']:8,} {row['peer']:8,} {row['ratio']:6.3f} {row['aim']:5} "
-            f"{row['cpu_ratio']:6.3f}   {row['lowest']:.2f}, {row['highest']:.2f}"
-        )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"work": asdict(WORK), "rows": found}, indent=2) + "\n")
+        for row in measured:
+            print(
+                f"{row['id']:24} {row['ours']:8,} {row['peer']:8,} {row['ratio']:6.3f} "
+                f"{row['aim']:5} {row['cpu_ratio']:6.3f}   {row['lowest']:.2f}, "
+                f"{row['highest']:.2f}",
+                flush=True,
+            )
+        found += measured
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps({"work": asdict(WORK), "rows": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -141,13 +141,8 @@ class Engine(pb_grpc.RolloutServiceServicer):
 
     def checked(self, request):
         """The prompt of a request that obeys the contract."""
-        need(
-            self.served is not None,
-            "state",
-            pb.EngineState.Name(self.state()),
-            "READY or PAUSED",
-            STATE,
-        )
+        state = pb.EngineState.Name(self.state())
+        need(self.served is not None, "state", state, "READY or PAUSED", STATE)
         need(request.id.run == self.run, "id.run", request.id.run, self.run, STATE)
         how, loaded, samples = request.sampling, self.model.signature, request.num_samples
         prompt = token_ids(request.prompt_token_ids, "prompt_token_ids", loaded, 1)
@@ -210,9 +205,7 @@ class Engine(pb_grpc.RolloutServiceServicer):
         need(self.pause == mode, "mode", mode, "no other call after it", ABORTED)
         await self.compute(int)  # after the steps that were queued
         frozen = sum(len(group.alive) for group in self.running)
-        return pb.PauseResponse(
-            sequences_in_flight=aborted if mode == pb.PAUSE_MODE_ABORT else frozen
-        )
+        return pb.PauseResponse(sequences_in_flight=aborted if mode == modes[0] else frozen)
 
     @answers
     async def Resume(self, request, context):
@@ -222,24 +215,24 @@ class Engine(pb_grpc.RolloutServiceServicer):
 
     def serves(self, version, mark):
         """Whether it is this version, number and fingerprint, that is served."""
-        return self.served is not None and (self.served.version, self.served.mark) == (
-            version,
-            mark,
-        )
+        served = self.served
+        return served is not None and (served.version, served.mark) == (version, mark)
 
     @answers
     async def BeginWeightUpdate(self, request, context):
         self.holder(request)
-        manifest, self.manifest = request.manifest, None
-        number = manifest.policy_version
-        if self.serves(number, manifest.fingerprint):
-            return pb.BeginWeightUpdateResponse(already_served=True)
-        newer = self.served is None or number > self.served.version
-        need(
-            newer, "manifest.policy_version", number, "more: numbers only grow, never reused", STATE
-        )
-        self.model.check(manifest)
-        self.manifest, self.staged = manifest, {t.name: bytearray() for t in manifest.tensors}
+        manifest, number = request.manifest, request.manifest.policy_version
+        async with self.changing:
+            self.manifest = None
+            if self.serves(number, manifest.fingerprint):
+                return pb.BeginWeightUpdateResponse(already_served=True)
+            newer, valid = (
+                self.served is None or number > self.served.version,
+                "more: it only grows",
+            )
+            need(newer, "manifest.policy_version", number, valid, STATE)
+            self.model.check(manifest)
+            self.manifest, self.staged = manifest, {t.name: bytearray() for t in manifest.tensors}
         return pb.BeginWeightUpdateResponse()
 
     def opened(self, version):
@@ -286,8 +279,13 @@ class Engine(pb_grpc.RolloutServiceServicer):
             if not self.serves(number, mark):
                 manifest = self.opened(number)
                 need(mark == manifest.fingerprint, "fingerprint", mark, manifest.fingerprint, LOST)
-                self.served = await self.compute(self.model.version, manifest, self.staged)
-                self.manifest, self.staged = None, {}
+                try:
+                    self.served = await self.compute(self.model.version, manifest, self.staged)
+                    self.manifest, self.staged = None, {}
+                except Refusal as refusal:
+                    if refusal.args[0] == LOST:  # what is only incomplete may still be completed
+                        self.manifest = None
+                    raise
             answer = pb.FinishWeightUpdateResponse(policy_version=number)
             logprobs_T = await self.compute(compute.probe, self.served, ids or [0, 0])
             if ids is not None:  # without, it was a wait for the steps that were queued
