@@ -148,9 +148,9 @@ def test_torch_and_vllm_in_one_run(tmp_path: Path, taught: dict[str, Any]) -> No
         engine = {"kind": ["torch", "vllm"], "dtype": "bfloat16", "quantize": "none"}
         with GatewayClient(stack.url) as client:
             job = jobs.submit(several(taught, **engine))
-            wait_until(jobs, job, vllm, "JOINING", timeout_s=200)  # it takes half a minute to start
+            wait_until(jobs, job, vllm, "JOINING", timeout_s=400)  # it takes half a minute to start
             client.drain(torch)  # which would have done everything before vllm has loaded the model
-            wait_until(jobs, job, vllm, "READY", timeout_s=200)
+            wait_until(jobs, job, vllm, "READY", timeout_s=400)
             client.undrain(torch)
             jobs.wait(job, step=4 * LAPS // 2)
             wait_until(jobs, job, torch, "READY")
