@@ -108,6 +108,7 @@ async def test_a_faulty_update_leaves_the_old_version(
     ("changes", "complaint"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM'.*Qwen3MoeForCausalLM"),
+        (SPARSE["deepseek-v3"], "'DeepseekV3ForCausalLM'.*Qwen3MoeForCausalLM"),
         (DENSE["mistral"] | {"sliding_window": 16}, "sliding_window: 16"),
         (SPARSE["olmoe"] | {"rms_norm_eps": 1e-6}, "rms_norm_eps: 1e-06"),
         ({"hidden_size": "wide"}, "config.json"),

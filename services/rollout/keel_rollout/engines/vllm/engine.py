@@ -327,7 +327,10 @@ class VllmEngine:
             raise InvalidField(
                 "probe_token_ids", f"{len(token_ids_T)} tokens", f"at most {limit} for vLLM"
             )
-        return await self._vllm.probe(token_ids_T)
+        try:
+            return await self._vllm.probe(token_ids_T)
+        except Exception as error:
+            raise EngineFailed(f"vLLM failed: {type(error).__name__}: {error}") from error
 
     # -- end ---------------------------------------------------------------------------------
 

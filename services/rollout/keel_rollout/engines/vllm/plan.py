@@ -18,7 +18,7 @@ from keel_rollout.engines.vllm.client import Client
 from keel_rollout.engines.vllm.settings import engine_arguments
 
 ARCHITECTURES = (
-    *("Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM", "DeepseekV3ForCausalLM"),
+    *("Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM"),
     *("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
 )
 """Compared with a transformers forward: log-probs, routes, live updates (tests/vllm)."""
@@ -37,11 +37,12 @@ class Plan:
             raise InvalidField("precision.dtype", precision.dtype, valid)
         if precision.quantize not in (pb.QUANTIZATION_UNSPECIFIED, pb.QUANTIZATION_NONE):
             raise InvalidField("precision.quantize", precision.quantize, "QUANTIZATION_NONE")
+        _check_agreement(files["config.json"])
         # the torch engine's reading of a config: signature, names and shapes; no memory on "meta"
         shape = Model(files, precision, torch.device("meta"))
         self.signature, self.tensors = shape.signature, shape.tensors()
         self._dtype = DTYPES[precision.dtype]
-        self._fields = _as_vllm_reads_it(json.loads(files["config.json"]))
+        self._fields = json.loads(files["config.json"])
         with self._folder() as folder:
             self._config(folder)
 
@@ -74,14 +75,20 @@ class Plan:
             raise ModelError(f"config.json: vLLM refuses it: {error}") from error
 
 
-def _as_vllm_reads_it(fields: dict[str, Any]) -> dict[str, Any]:
-    """config.json with what vLLM asks for beyond transformers; ModelError where the two differ."""
-    architecture = fields["architectures"][0]
-    if architecture == "DeepseekV3ForCausalLM":
-        return {"topk_method": "noaux_tc"} | fields
+def _check_agreement(config: bytes) -> None:
+    """Refuses what vLLM would compute otherwise than transformers, and what is not compared."""
+    try:
+        fields = json.loads(config)
+        architecture = fields["architectures"][0]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return  # no config at all, which `Model` says better
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"config.json: architectures: {architecture!r} is not one that this engine can load; "
+            f"valid: {', '.join(ARCHITECTURES)}"
+        )
     if architecture == "OlmoeForCausalLM" and fields.get("rms_norm_eps", 1e-5) != 1e-5:
         raise ModelError(
             f"config.json: rms_norm_eps: {fields['rms_norm_eps']} is not valid; valid: 1e-05, "
             "which vLLM's OLMoE takes whatever the config says"
         )
-    return fields
