@@ -4,12 +4,12 @@
                  ▲  ▲                            │
                  │  └────a newer version─────────┤
                  └──repaired── STALE ◀───────────┤  its log-probs are not those of the weights
-                                                 └▶ LOST: it does not answer; back, it is JOINING
+                                                 └▶ LOST: does not answer
 
 The record decides, through `engine_state` alone: the gateway writes who is leased and who drains,
 the trainer who has proved which version and who has failed the proof, the collector who is empty.
-LOST is the asker's own finding. STALE comes before DRAINING: a wrong engine's groups are wrong
-however it is to leave.
+LOST is the asker's own finding; an engine that is back is what the record says. STALE comes before
+DRAINING: a wrong engine's groups are wrong however it is to leave.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class EngineState(StrEnum):
     DRAINING = "DRAINING"
     """Finishes what it has and is given nothing new; empty, it leaves the run."""
     STALE = "STALE"
-    """What it computes is not what it was sent; it is given nothing until it is repaired."""
+    """What it computes is not what it was sent, or it refuses it; it is given nothing until it is
+    repaired."""
     LOST = "LOST"
     """Does not answer."""
 

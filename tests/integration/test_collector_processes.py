@@ -105,7 +105,9 @@ def publish(artifact: Path, address: str) -> None:
     backend = TorchBackend.from_pretrained(artifact)
     probe = probe_tokens(64)
     record = RunRecord(run="r", spec=SPEC, created_s=0.0, engines=(address,), fencing_token=1)
-    publisher = Publisher(record, artifact, backend.info, probe, write=lambda **fields: None)
+    publisher = Publisher(
+        record, artifact, backend.info, probe, read=lambda: record, write=lambda **fields: None
+    )
     publisher.publish(
         Version.build(0, backend.weights(), backend.probe_logprobs(probe)), lambda: record
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,9 @@ from enginekit import engine_process
 
 from keel.errors import IntegrityError
 from keel.record import RunRecord
+from keel.rollout.v1 import rollout_service_pb2 as pb
+from keel.rollout.v1 import rollout_service_pb2_grpc as pb_grpc
+from keel.rpc import channel
 from keel.spec import parse_spec
 from keel_trainer.artifact import prepare_artifact
 from keel_trainer.backends.torch import TorchBackend
@@ -24,7 +29,8 @@ from keel_trainer.publish import Publisher
 from keel_trainer.version import SharedWeights, Version, probe_tokens
 
 PROBE = probe_tokens(64)
-SPEC = parse_spec({"name": "p", "model": {"path": "preset:tiny-qwen3-moe"}, "recipe": {"steps": 1}})
+JOB = {"name": "p", "model": {"path": "preset:tiny-qwen3-moe"}, "recipe": {"steps": 1}}
+SPEC, TWO = parse_spec(JOB), parse_spec(JOB | {"engine": {"count": 2}})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,9 @@ class Run:
         )
         self.history: list[dict[str, Any]] = []
         info = TorchBackend.from_pretrained(artifact).info
-        self.publisher = Publisher(self.record, artifact, info, PROBE, write=self.write, **more)
+        self.publisher = Publisher(
+            self.record, artifact, info, PROBE, read=lambda: self.record, write=self.write, **more
+        )
 
     def write(self, **fields: Any) -> None:
         self.history.append(fields)
@@ -230,6 +238,78 @@ def test_an_engine_that_refuses_for_good_is_told_and_the_others_go_on(
     run.change(engine_token=51)
     run.publish(version(backend, 1))
     run.until(lambda record: record.proved == {address: 1, second: 1} and not record.stale)
+
+
+def test_draining_the_last_good_engine_waits_for_one_in_its_place(
+    started: Callable[..., Run], address: str, second: str, backend: TorchBackend
+) -> None:
+    """The other one was given up; the run would fail only if nothing were to come."""
+    started(second, run="holder-2", token=59).publish(version(backend, 0))
+    run = started(address, second, run="short", token=53)
+    run.record = dataclasses.replace(run.record, spec=TWO)
+    run.publish(version(backend, 0))
+    run.until(lambda record: second in record.stale)
+    run.change(draining=(address,))
+    run.change(engines=(second,), draining=(), proved={})
+    run.change(engines=(second, address), engine_token=54)
+    run.until(lambda record: record.proved == {address: 0})
+
+
+def test_an_engine_that_left_and_joined_again_unseen_is_proved_anew(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    """The gateway has cut what it had proved, twice between two looks of ours."""
+    run = started(address, run="unseen", token=55)
+    run.publish(version(backend, 0))
+    run.record = dataclasses.replace(run.record, proved={}, engine_token=56)
+    run.until(lambda record: record.proved == {address: 0})
+
+
+def test_an_engine_that_has_left_is_not_brought_back(
+    started: Callable[..., Run], backend: TorchBackend
+) -> None:
+    """Whoever restarts it has it for himself, also while the training loop looks at no record."""
+    with contextlib.ExitStack() as processes:
+        other, process = processes.enter_context(engine_process())
+        run = started(other, run="left", token=90)
+        run.publish(version(backend, 0))
+        run.record = dataclasses.replace(run.record, engines=())
+        process.kill()
+        process.wait()
+        processes.enter_context(engine_process("--listen", other))
+        with channel(other) as line:
+            stub = pb_grpc.RolloutServiceStub(line)
+            for _ in range(12):  # the worker looks every 2 s
+                answer = stub.GetCapabilities(pb.GetCapabilitiesRequest(), wait_for_ready=True)
+                assert answer.state == pb.ENGINE_STATE_EMPTY
+                time.sleep(0.25)
+
+
+def test_a_version_that_was_given_up_frees_its_memory(
+    started: Callable[..., Run], address: str, backend: TorchBackend
+) -> None:
+    run = started(address, run="memory", token=57)
+    run.publish(version(backend, 0))
+    with pytest.raises(IntegrityError):
+        run.publish(wrong(version(backend, 1)))
+    run.publish(version(backend, 2))
+    gc.collect()
+    assert [each.number for each in gc.get_objects() if type(each) is Version] == [2]
+
+
+def test_a_shared_folder_that_is_full_is_passed_over(
+    started: Callable[..., Run], address: str, shared: Path, backend: TorchBackend
+) -> None:
+    """A limit on the size of a file stands for a full disk: both end save_file alike."""
+    run = started(address, run="full", token=58, shared=SharedWeights(shared, "full"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        run.publish(version(backend, 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run.record.proved == {address: 0}
+    assert not list((shared / "weights" / "full").iterdir())
 
 
 def test_a_restarted_engine_is_brought_back_in_the_background(

@@ -9,10 +9,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from keel.errors import StateError
+from keel.fleet import EngineState
 from keel_gateway.cli_group import out, show_json
 from keel_gateway.cli_options import Json, Url
 from keel_gateway.client import GatewayClient, find_url
-from keel_gateway.fleet_view import DRAINED
+from keel_gateway.fleet_view import DRAINED, FREE
 from keel_gateway.schemas import Engine
 
 POLL_S = 0.5
@@ -63,7 +65,9 @@ def drain(
         engine = client.drain(address)
         while wait and engine.run_state != DRAINED:
             time.sleep(POLL_S)
-            engine = client.drain(address)
+            engine = next(one for one in client.engines() if one.address == address)
+            if engine.run_state in (EngineState.JOINING, EngineState.READY, FREE):
+                raise StateError(f"{address} was undrained meanwhile: it is {engine.run_state}")
     _told(engine, as_json)
 
 

@@ -6,7 +6,7 @@ LoadModel (when the engine has no model) -> Pause -> Begin -> Update -> Finish +
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -20,6 +20,7 @@ from keel.rpc import CHUNK_BYTES, channel
 from keel.spec import EngineSpec
 from keel.types.v1 import tensor_pb2
 from keel.weights.v1 import manifest_pb2
+from keel_trainer.backends.base import ModelInfo
 from keel_trainer.version import SharedWeights, Version
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Payload:
 
     Args:
         artifact: model folder.
-        moe_layers: global numbers of the MoE layers, in depth order.
+        info: the model in training.
         probe_token_ids: int32 [T].
         needs_routes: the recipe replays the engine's routes.
     """
@@ -56,7 +57,7 @@ class Payload:
         self,
         artifact: Path,
         engine: EngineSpec,
-        moe_layers: Sequence[int],
+        info: ModelInfo,
         probe_token_ids: np.ndarray,
         *,
         needs_routes: bool,
@@ -73,7 +74,7 @@ class Payload:
         )
         self.probe = to_tensor(probe_token_ids)
         self._config_xxh3 = config_hash(config.read_bytes())
-        self._moe_layers = tuple(moe_layers)
+        self._info = info
         self._needs_routes = needs_routes
 
     def check(self, address: str, loaded: pb.GetCapabilitiesResponse) -> None:
@@ -86,7 +87,9 @@ class Payload:
         wanted, got = self.precision, loaded.precision
         for name, theirs, ours in (
             ("config_xxh3", loaded.loaded.config_xxh3, self._config_xxh3),
-            ("moe_layers", tuple(loaded.loaded.moe_layers), self._moe_layers),
+            # one that takes less would make the length of its prompts decide which slots are VOID
+            ("max_sequence_tokens", loaded.loaded.max_sequence_tokens, self._info.max_positions),
+            ("moe_layers", tuple(loaded.loaded.moe_layers), self._info.moe_layer_numbers),
             ("precision.dtype", got.dtype, wanted.dtype),
             ("precision.quantize", got.quantize, wanted.quantize),
             ("precision.quantize_inputs", got.quantize_inputs, wanted.quantize_inputs),

@@ -121,7 +121,7 @@ class EngineWorker:
             return False
         if self.failed == version.number:  # a wrong engine that was restarted gets another chance
             return serving.state == pb.ENGINE_STATE_EMPTY and isinstance(self.error, IntegrityError)
-        if serves(serving, version):
+        if serves(serving, version) or not self._publisher.leases(self._address):
             return False
         log.warning("%s lost version %d, bringing it again", self._address, version.number)
         return True
@@ -140,7 +140,8 @@ class EngineWorker:
                 error = EngineError(f"engine {self._address}: {code.name}: {failed.details()}")
                 away, refused = code in _AWAY, code in _REFUSED
             except KeelError as failed:
-                error, away = failed, False
+                # kept for long: its frames would keep the version's bytes
+                error, away = failed.with_traceback(None), False
                 refused = not isinstance(failed, IntegrityError)
                 wrong = not refused
             if not self._wanted(version):
@@ -151,10 +152,10 @@ class EngineWorker:
                 if wrong or refused or failures > REPAIRS:
                     self._publisher.note_stale(self._address, str(error))
             if refused or failures > REPAIRS:
-                log.error("given up for version %d: %s", version.number, error)
+                log.error("given up for version %d: %s", version.number, self.trouble)
                 self._give_up(version, error)
                 return
-            log.warning("%s; again in %.1f s", error, delay_s)
+            log.warning("%s; again in %.1f s", self.trouble, delay_s)
             self._wait(version, delay_s)
             delay_s = min(2 * delay_s, _MOST_DELAY_S)
 
@@ -170,8 +171,8 @@ class EngineWorker:
         with publisher.changed:
             if not self._wanted(version):
                 return
-            self.proved, self.trouble = version.number, ""
             publisher.note_proved(self._address, version)
+            self.proved, self.error, self.trouble = version.number, None, ""
 
     def _give_up(self, version: Version, error: KeelError) -> None:
         with self._publisher.changed:

@@ -148,6 +148,7 @@ class TrainingRun:
                 backend.info,
                 probe,
                 progress.first_gaps,
+                read=store.read,
                 write=store.write,
                 needs_routes=plan.needs_engine_routes,
                 shared=SharedWeights(weights, record.run) if weights else None,
@@ -306,7 +307,7 @@ class TrainingRun:
                 attempt=self.record.attempt,
                 cold_start_step=self.cold_start_step,
                 step=self.step,
-                first_gaps=self.publisher.first_gaps,
+                first_gaps=dict(self.publisher.first_gaps),
             ),
             self.backend.state_dict(),
         )

@@ -46,8 +46,8 @@ Check = Callable[[], RunRecord]
 class Publisher:
     """The engines of one run, as its record names them at each moment.
 
-    Memory: one copy of the weights on the host, from `publish` to `release`; two while a slow
-    engine still takes the version before.
+    Memory: one copy of the weights on the host, from `publish` to `release`, and one more for each
+    older version that a slow engine still takes.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Publisher:
         probe_token_ids: np.ndarray,
         first_gaps: Mapping[str, float] | None = None,
         *,
+        read: Check,
         write: Callable[..., None],
         needs_routes: bool = False,
         shared: SharedWeights | None = None,
@@ -67,15 +68,16 @@ class Publisher:
             info: the model in training.
             probe_token_ids: int32 [T].
             first_gaps: as a checkpoint remembers them.
+            read: the run record now.
             write: sets fields of the run record.
             needs_routes: an engine without routes is refused.
             shared: weights go by reference to the engines that take them so.
         """
-        self._run, self._write, self._shared = record.run, write, shared
+        self._run, self._read, self._write, self._shared = record.run, read, write, shared
         self._payload = Payload(
             artifact,
             record.spec.engine,
-            info.moe_layer_numbers,
+            info,
             probe_token_ids,
             needs_routes=needs_routes,
         )
@@ -91,7 +93,9 @@ class Publisher:
         self._workers: dict[str, EngineWorker] = {}
         self._proved = dict(record.proved)
         self._stale = dict(record.stale)
-        self._token = 0
+        self._token = record.engine_token or record.fencing_token
+        self._settled = True
+        """Every engine that the run asks for is leased, and none is about to leave."""
         self._crash: BaseException | None = None
         self.follow(record)
 
@@ -120,13 +124,18 @@ class Publisher:
     def follow(self, record: RunRecord) -> None:
         """Takes in engines that have joined, lets go those that have left.
 
-        Raises what `publish` raises when no engine is left that could serve the version.
+        Raises what `publish` raises when no engine is left that could serve the version, and none
+        is to come.
         """
         with self.changed:
-            self._token = record.engine_token or record.fencing_token
-            for address in self._workers.keys() - set(record.engines):
+            token = record.engine_token or record.fencing_token
+            # one may have left and joined again unseen: the gateway has then cut what it had proved
+            joined = set(record.engines) - record.proved.keys() if token > self._token else set()
+            self._token = token
+            for address in self._workers.keys() - (set(record.engines) - joined):
                 log.info("%s has left the run", address)
                 self._workers.pop(address).stop()
+            self._note(dict.fromkeys(joined), dict.fromkeys(joined))
             for address in record.engines:
                 if address not in self._workers:
                     link = EngineLink(address, self._payload, self._shared)
@@ -135,6 +144,8 @@ class Publisher:
             gone = (self._proved.keys() | self._stale.keys()) - set(record.engines)
             if gone:
                 self._note(dict.fromkeys(gone), dict.fromkeys(gone))
+            whole = len(record.engines) >= record.spec.engine.engines
+            self._settled = whole and not record.draining
             self.changed.notify_all()
             if self._crash is not None:
                 raise self._crash
@@ -162,6 +173,10 @@ class Publisher:
     def lease(self) -> pb.Lease:
         """The engines' lease now."""
         return pb.Lease(run=self._run, fencing_token=self._token)
+
+    def leases(self, address: str) -> bool:
+        """Whether the run still has the engine, by the record as it is now."""
+        return address in self._read().engines
 
     def judge(self, address: str, kind: str, theirs: np.ndarray, version: Version) -> None:
         """IntegrityError unless the engine's log-probs of the probe are those of the version."""
@@ -194,7 +209,7 @@ class Publisher:
         self._note({address: None}, {})
 
     def note_stale(self, address: str, why: str) -> None:
-        """It may not: what it computes is not what it was sent."""
+        """It may not: it computes something else than it was sent, or refuses."""
         self._note({address: None}, {address: why})
 
     def note_crash(self, error: BaseException) -> None:
@@ -232,7 +247,7 @@ class Publisher:
     def _raise_if_all_failed(self) -> None:
         failures = [w.failure for w in self._workers.values()]
         errors = [failure for failure in failures if failure is not None]
-        if not errors or len(errors) < len(failures) or self.version is None:
+        if not self._settled or not errors or len(errors) < len(failures):
             return
         if len(errors) == 1:
             raise errors[0]

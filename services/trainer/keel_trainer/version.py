@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from keel.codec import fingerprint, xxh3
@@ -127,6 +128,9 @@ def _write(path: Path, version: Version) -> None:
         save_file(tensors, temporary)
         temporary.chmod(0o600)
         temporary.rename(path)
+    except SafetensorError as error:  # how a full disk shows
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{temporary}: {error}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
