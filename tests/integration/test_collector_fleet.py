@@ -172,6 +172,24 @@ async def test_an_engine_that_dies_mid_lap_and_stays_dead_costs_nothing(
     assert [without_times(envelope) for envelope in envelopes(client)] == expected
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+async def test_what_one_engine_refuses_another_is_given(
+    server: RedisServer, client: redis.Redis, artifact: Path, start: Start, deterministic: bool
+) -> None:
+    """It stands first in the lease; only what every engine refuses ends the run."""
+    first, second = [await start(deterministic=deterministic) for _ in range(2)]
+    first.abort = lambda request: grpc.StatusCode.RESOURCE_EXHAUSTED
+    write_run(client, PAIRS, artifact, first.address, second.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: done(client))
+        assert first.requests
+        assert served(client) == {second.address: 8}
+        assert record(client).collector_error == ""
+        second.abort = first.abort
+        write(client, policy_version=1, proved=dict.fromkeys((first.address, second.address), 1))
+        await until(lambda: "RESOURCE_EXHAUSTED" in record(client).collector_error)
+
+
 async def test_a_dead_engine_is_not_chosen(
     server: RedisServer, client: redis.Redis, artifact: Path, start: Start
 ) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ COHORTS_IN_FLIGHT = 2
 def choose(
     ready: Sequence[str],
     in_flight: Mapping[str, int],
-    avoid: str = "",
+    avoid: Collection[str] = (),
     room: int = COHORTS_IN_FLIGHT,
 ) -> str | None:
     """The engine for a cohort: of those with room the least loaded, in order of lease.
@@ -43,13 +43,13 @@ def choose(
     Args:
         ready: addresses that may be given one.
         in_flight: cohorts by address; none where it is missing.
-        avoid: has just failed this cohort, and gets it again only if there is no other.
+        avoid: have failed or refused this cohort, and get it again only if there is no other.
         room: most cohorts of one engine.
 
     Returns:
         None where the cohort has to wait.
     """
-    suited = [address for address in ready if address != avoid] or ready
+    suited = [address for address in ready if address not in avoid] or ready
     free = [a for a in suited if in_flight.get(a, 0) < room]
     return min(free, key=lambda address: in_flight.get(address, 0), default=None)
 
@@ -111,7 +111,12 @@ class Fleet:
         assert model is not None
         return model
 
-    def take(self, version: int, left: int, avoid: str = "") -> Member | None:
+    def others(self, than: Collection[str]) -> bool:
+        """Whether the run has an engine besides these that may still serve it."""
+        record = self._watched.record
+        return bool(set(record.engines) - set(record.draining) - record.stale.keys() - set(than))
+
+    def take(self, version: int, left: int, avoid: Collection[str] = ()) -> Member | None:
         """An engine for a cohort of `version`, by `choose`; the cohort then counts as in flight.
 
         Args:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from keel import codec
+from keel.errors import KeelError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.engine_client import EngineFailure, EngineModel
@@ -42,6 +43,20 @@ class _Waiting:
     """Slots that have been handed over."""
     failed_at: str = ""
     """Engine that failed it last."""
+    refused_by: set[str] = field(default_factory=set)
+    """Engines that will never take it. Once all have refused, the run cannot go on."""
+
+    @property
+    def avoid(self) -> set[str]:
+        """Engines that get it only where there is no other."""
+        return {self.failed_at, *self.refused_by}
+
+
+class _Refusal(Exception):
+    """What an engine says to a request would be said again: by this engine, not by every one."""
+
+    def __init__(self, error: KeelError) -> None:
+        self.error = error
 
 
 class Sender:
@@ -84,7 +99,7 @@ class Sender:
                 left = len(waiting) + len(under_way)
                 for number in sorted(waiting):
                     one = waiting[number]
-                    if member := self._fleet.take(policy_version, left, one.failed_at):
+                    if member := self._fleet.take(policy_version, left, one.avoid):
                         # the model as it is now: a failure beside this one takes it from the member
                         work = self._try(member, member.model, one, template, take, began_s)
                         task = asyncio.create_task(work)
@@ -149,6 +164,8 @@ class Sender:
                     raise
                 failures.append(failure)  # the other groups are of use without this one
                 return
+            except KeelError as error:
+                raise _Refusal(error) from error
             await take(slot, responses, time.perf_counter() - began_s, client.address)
             waiting.came.add(slot.id.slot)
 
@@ -156,6 +173,11 @@ class Sender:
             await together(one(slot) for slot in slots)
         except EngineFailure as failure:
             failures.append(failure)
+        except _Refusal as refusal:
+            waiting.refused_by.add(client.address)
+            if not self._fleet.others(waiting.refused_by):
+                raise refusal.error from None
+            failures.append(EngineFailure(str(refusal.error)))
         if not failures:
             member.backoff.reset()
             return None
