@@ -152,15 +152,20 @@ def test_a_drain_waits_until_the_engine_is_empty(
     keel: Callable[..., Any], gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("keel_gateway.cli_engines.POLL_S", 0.01)
-    states = ["DRAINING", "DRAINING", "DRAINED"]
-
-    def answer() -> dict[str, Any]:
-        return ENGINE | {"run_state": states.pop(0)}
-
-    gateway.answers["POST", "/v1/engines/a:1/drain"] = answer
+    states = ["STALE", "DRAINING", "DRAINED"]
+    gateway.answers["POST", "/v1/engines/a:1/drain"] = ENGINE | {"run_state": "DRAINING"}
+    gateway.answers["GET", "/v1/engines"] = lambda: {
+        "engines": [ENGINE | {"run_state": states.pop(0)}]
+    }
     assert keel("engines", "drain", "a:1").said == "a:1 is DRAINING\n"
     assert keel("engines", "drain", "a:1", "--wait").said == "a:1 is DRAINED\n"
     assert states == []
+    asked = [path for _, path, _ in gateway.asked if path.endswith("/drain")]
+    assert len(asked) == 2, "waiting asks for nothing: an undrain by somebody else stands"
+    states.append("READY")
+    undrained = keel("engines", "drain", "a:1", "--wait")
+    assert undrained.exit_code == 1
+    assert "undrained meanwhile" in undrained.complained
     gateway.answers["POST", "/v1/engines/a:1/undrain"] = ENGINE
     assert keel("engines", "undrain", "a:1").said == "a:1 is FREE\n"
     refused = keel("engines", "drain", "[::1]:5")
