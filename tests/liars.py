@@ -22,6 +22,7 @@ from keel_rollout.engines.staging import Staging
 from keel_rollout.engines.torch import batch as batch_module
 from keel_rollout.engines.torch.batch import Batch
 from keel_rollout.engines.torch.engine import TorchEngine
+from keel_rollout.servicer import RolloutServicer
 
 Tensors = Mapping[str, StagedTensor]
 
@@ -207,6 +208,17 @@ def reused_numbers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(servicer_module, "check_number", lambda manifest, newest: None)
 
 
+def never_anew(patch: pytest.MonkeyPatch) -> None:
+    """A wrong engine cannot be repaired: what is loaded already is never loaded again."""
+    honest = RolloutServicer.LoadModel
+
+    async def lying(self: RolloutServicer, request: pb.LoadModelRequest, context: Any) -> Any:
+        request.anew = False
+        return await honest(self, request, context)
+
+    patch.setattr(RolloutServicer, "LoadModel", lying)
+
+
 def unverified(patch: pytest.MonkeyPatch) -> None:
     """Hashes are not looked at."""
     honest = Staging.verified
@@ -284,5 +296,6 @@ LIES: dict[str, Lie] = dict(
         _lie(KeepAborts, "pause-keep/goes-on", "midway/spans"),
         _lie(reused_numbers, "weights/only-grow"),
         _lie(unverified, "aborted/hash"),
+        _lie(never_anew, "engine/load-anew"),
     ]
 )

@@ -148,11 +148,11 @@ class EngineClient:
         )
 
     async def load(
-        self, files: Mapping[str, bytes], precision: pb.EnginePrecision
+        self, files: Mapping[str, bytes], precision: pb.EnginePrecision, *, anew: bool = False
     ) -> pb.ModelSignature:
         """LoadModel."""
         inline = [pb.ModelFile(name=name, data=data) for name, data in files.items()]
-        call = pb.LoadModelRequest(lease=self.lease, files=inline, precision=precision)
+        call = pb.LoadModelRequest(lease=self.lease, files=inline, precision=precision, anew=anew)
         return (await self.stub.LoadModel(call, timeout=LOAD_S)).loaded
 
     async def begin(self, manifest: manifest_pb2.WeightManifest) -> bool:

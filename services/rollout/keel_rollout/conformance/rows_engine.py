@@ -91,7 +91,7 @@ async def capabilities(kit: Kit) -> Found:
         config_xxh3=codec.config_hash(files["config.json"]),
         tokenizer_xxh3=codec.xxh3(tokenizer) if tokenizer is not None else 0,
         vocab_size=model.vocab_size,
-        max_sequence_tokens=min(loaded.max_sequence_tokens, model.max_tokens) or model.max_tokens,
+        max_sequence_tokens=model.max_tokens,
         moe_layers=model.a.layers,
         experts_per_token=model.a.top_k,
         num_experts=model.a.num_experts,
@@ -151,6 +151,18 @@ async def fencing(kit: Kit) -> Found:
     return ["six calls with an older token, one without a lease"]
 
 
+async def load_anew(kit: Kit) -> Found:
+    """What a trainer does with an engine that it has found wrong."""
+    await kit.serving()
+    kit.served = None
+    await kit.client.load(kit.model.files, kit.precision, anew=True)
+    answer = await kit.client.version()
+    expect("state", pb.EngineState.Name(answer.state), "ENGINE_STATE_LOADED")
+    if answer.HasField("policy_version"):
+        raise Unmet(f"policy_version {answer.policy_version} while LOADED", "unset")
+    return ["LOADED, the version that was served is forgotten"]
+
+
 ROWS = (
     Row(
         "health",
@@ -181,5 +193,11 @@ ROWS = (
         "a lease that is over changes nothing",
         "Lease: the engine refuses a token lower than the highest it has seen",
         fencing,
+    ),
+    Row(
+        "load-anew",
+        "LoadModel with anew loads what is loaded already, and forgets the weights",
+        "LoadModelRequest.anew: what is served was found wrong",
+        load_anew,
     ),
 )
