@@ -25,7 +25,11 @@ def test_every_step_has_a_row_with_every_metric(jobs: Jobs, undisturbed: dict[st
     for row in rows[1:]:
         by_layer = ["routing/layer/0", "routing/layer/1"]
         parts = {"reward/part/multiplication", "reward/part/multiplication/formed"}
-        columns = row.keys() - {"eval/held_out/avg@1", "eval/held_out/pass@1"}
+        (engine,) = undisturbed["engines"]
+        assert row[f"engine/groups/{engine}"] == 4
+        assert row[f"engine/k3/{engine}"] == pytest.approx(row["mismatch/k3"], rel=1e-6)
+        more = {f"engine/{what}/{engine}" for what in ("groups", "k3")}
+        columns = row.keys() - {"eval/held_out/avg@1", "eval/held_out/pass@1"} - more
         assert columns | {"accuracy/eval"} == COLUMNS.keys() | set(by_layer) | parts
         assert row["reward/part/multiplication"] == row["reward/mean"]
         mean = sum(row[layer] for layer in by_layer) / 2

@@ -191,6 +191,12 @@ async def test_a_cancelled_request_is_freed(serving: EngineClient) -> None:
     await serving.resume()
 
 
+async def test_a_temperature_that_vllm_would_raise_is_refused(serving: EngineClient) -> None:
+    """It takes 0.01 in place of 0.001, and tells log-probs at that."""
+    with pytest.raises(grpc.aio.AioRpcError, match=r"sampling.temperature: 0.001.*0.01 and more"):
+        await serving.generate([5], max_tokens=2, temperature=0.001)
+
+
 async def under_way(client: EngineClient, sequences: int) -> None:
     """Returns once sequences are in flight and have had time for some tokens, far from all."""
     while await client.pause(pb.PAUSE_MODE_KEEP) != sequences:
@@ -248,8 +254,11 @@ async def test_wait_finishes_what_runs_and_holds_back_what_does_not(
     await under_way(serving, 32)
     pausing = asyncio.ensure_future(serving.pause(pb.PAUSE_MODE_WAIT))
     await asyncio.sleep(0.05)
+    again = asyncio.ensure_future(serving.pause(pb.PAUSE_MODE_WAIT))  # a caller that came back
+    await asyncio.sleep(0.05)
+    assert not again.done()
     late = asyncio.ensure_future(serving.generate([5, 9, 2], max_tokens=4))
-    assert await pausing == 0
+    assert [await pausing, await again] == [0, 0]
     assert {len(s.tokens) for s in await running} == {400}
     version = next_version()
     await serving.publish(version, checkpoint(model_b))

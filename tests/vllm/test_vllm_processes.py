@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ async def gone(processes: list[psutil.Process], memory: set[Path]) -> None:
     assert not [path for path in memory if path.exists()]
 
 
+def scratch() -> set[Path]:
+    """Folders of keel-engines on this machine."""
+    return set(Path(tempfile.gettempdir()).glob("keel-vllm-*"))
+
+
 async def generating(client: EngineClient, model: Any) -> asyncio.Task:
     """Loads, publishes, and has a group in flight."""
     await client.load()
@@ -55,6 +61,7 @@ async def test_sigterm_ends_sequences_aborted_and_leaves_nothing(
     vllm_python: str, model_a: Any
 ) -> None:
     """Before that: an unknown architecture leaves it EMPTY; it answers while vLLM starts."""
+    before = scratch()
     with engine_process("--kind", "vllm", python=vllm_python) as (address, process):
         async with engine_client(address, "r", 1) as client:
             with pytest.raises(grpc.aio.AioRpcError, match="MambaForCausalLM"):
@@ -76,6 +83,7 @@ async def test_sigterm_ends_sequences_aborted_and_leaves_nothing(
             assert reasons == {sequence_pb2.FINISH_REASON_ABORTED}
         assert await asyncio.to_thread(process.wait, 15) == 0
         await gone(processes, memory)
+    assert scratch() <= before
 
 
 @pytest.mark.parametrize("victim", ["EngineCore", "keel-engine"])
@@ -83,6 +91,7 @@ async def test_a_killed_process_takes_the_others_with_it(
     vllm_python: str, model_a: Any, victim: str
 ) -> None:
     """UNAVAILABLE for what was in flight; the process ends with 1, so that it is started again."""
+    before = scratch()
     with engine_process("--kind", "vllm", python=vllm_python) as (address, process):
         async with engine_client(address, "r", 1) as client:
             running = await generating(client, model_a)
@@ -98,3 +107,23 @@ async def test_a_killed_process_takes_the_others_with_it(
         status = await asyncio.to_thread(process.wait, 15)
         assert status == (-signal.SIGKILL if victim == "keel-engine" else 1)
         await gone(processes, memory)
+    assert scratch() <= before
+
+
+async def test_an_update_under_which_vllm_dies_ends_the_process(
+    vllm_python: str, model_a: Any, model_b: Any
+) -> None:
+    """vLLM's own call never returns then: a deaf engine must not look healthy."""
+    with engine_process("--kind", "vllm", python=vllm_python) as (address, process):
+        async with engine_client(address, "r", 1) as client:
+            await client.load()
+            await client.publish(0, checkpoint(model_a))
+            core = next(p for p in family(process.pid) if "EngineCore" in " ".join(p.cmdline()))
+            core.suspend()
+            update = asyncio.ensure_future(client.publish(1, checkpoint(model_b)))
+            await asyncio.sleep(1)
+            assert not update.done()
+            core.kill()
+            with pytest.raises(grpc.aio.AioRpcError):
+                await asyncio.wait_for(update, 20)
+        assert await asyncio.to_thread(process.wait, 20) == 1

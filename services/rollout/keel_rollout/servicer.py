@@ -202,9 +202,12 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
         self._holder(request)
-        self._paused = False
-        await self._engine.resume()
+        await _to_the_end(self._resume())
         return pb.ResumeResponse()
+
+    async def _resume(self) -> None:
+        await self._engine.resume()
+        self._paused = False
 
     # -- weights -----------------------------------------------------------------------------
 

@@ -73,6 +73,11 @@ class Client:
         """Whether a process of vLLM has ended."""
         return self._llm.errored
 
+    @property
+    def unfinished(self) -> int:
+        """Sequences that vLLM has and has not finished."""
+        return self._llm.output_processor.get_num_unfinished_requests()
+
     async def submit(self, request: GroupRequest, seed: int, sink: Callable[[Any], None]) -> str:
         """Starts a group; sample i gets seed + i. Returns the name to abort it by."""
         params = SamplingParams(
@@ -126,9 +131,11 @@ class Client:
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
         def sink(output: Any) -> None:
+            if done.done():
+                return
             if isinstance(output, Exception):
                 done.set_exception(output)
-            elif output.finished and not done.done():
+            elif output.finished:
                 done.set_result(output)
 
         params = SamplingParams(
@@ -153,3 +160,4 @@ class Client:
             self._llm.shutdown(timeout=1)
         finally:
             processes.end(self._processes, memory)
+            processes.clear_scratch(keep=True)

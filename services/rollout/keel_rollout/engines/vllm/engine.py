@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 import vllm
 
-from keel.errors import InvalidField, KeelError, ModelError, OvertakenError, StateError
+from keel.errors import InvalidField, KeelError, OvertakenError, StateError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.rpc import MAX_MESSAGE_BYTES
 from keel.weights.v1 import manifest_pb2
@@ -34,7 +33,7 @@ from keel_rollout.engines.base import (
     StagedTensor,
 )
 from keel_rollout.engines.torch.sampling import stream_keys
-from keel_rollout.engines.vllm import plugin
+from keel_rollout.engines.vllm import plugin, processes
 from keel_rollout.engines.vllm.client import Client
 from keel_rollout.engines.vllm.group import Group
 from keel_rollout.engines.vllm.plan import ARCHITECTURES, DTYPES, Plan
@@ -45,6 +44,8 @@ log = logging.getLogger(__name__)
 
 MAX_GROUP_SIZE = 1024
 WATCH_S = 0.5
+LEAST_TEMPERATURE = 0.01
+"""vLLM raises what lies below, and log-probs would be at that temperature."""
 
 
 class VllmEngine:
@@ -65,6 +66,7 @@ class VllmEngine:
         """Set while new groups may start."""
         self._gate.set()
         self._frozen = False
+        self._closed = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -104,16 +106,20 @@ class VllmEngine:
         """See `Engine.load`. BrokenModel where vLLM could not start, the old model being gone."""
         plan = await asyncio.to_thread(Plan, files, precision)
         async with self._control:
+            if self._closed:
+                raise EngineFailed("the engine is stopping")
             replacing = self._client is not None
-            await self._end_all()
-            await self._stop()
-            self.resume_now()
             try:
+                await self._end_all()
+                await self._stop()
+                self.resume_now()
                 self._client = await asyncio.to_thread(plan.start)
-            except ModelError as error:
+            except Exception as error:  # of vLLM, the system, or Keel
                 if replacing:
                     raise BrokenModel(f"{error}; the engine is EMPTY") from error
-                raise
+                if isinstance(error, KeelError):
+                    raise
+                raise EngineFailed(f"vLLM could not start: {_named(error)}") from error
             self._plan = plan
         return plan.signature
 
@@ -138,6 +144,9 @@ class VllmEngine:
     async def generate(self, request: GroupRequest) -> AsyncIterator[Piece | Finished]:
         """See `Engine.generate`."""
         assert self._plan is not None
+        if 0 < request.temperature < LEAST_TEMPERATURE:
+            valid = f"0, or {LEAST_TEMPERATURE} and more: vLLM takes none between"
+            raise InvalidField("sampling.temperature", request.temperature, valid)
         signature = self._plan.signature
         dtype = np.uint8 if signature.num_experts <= 256 else np.uint16
         group = Group(request, list(signature.moe_layers), dtype)
@@ -157,12 +166,13 @@ class VllmEngine:
             self._check_idle()
             if not group.admitted:
                 start.cancel()
-            elif group.unfinished:
+            elif group.unfinished or group.failed:
                 self._spawn(self._abort(group))
 
     async def _start(self, group: Group) -> None:
         """Submits a group once the gate is open."""
-        await self._gate.wait()
+        while not self._gate.is_set():  # it may be shut again before this task wakes
+            await self._gate.wait()
         refusal = self._refusal(group)
         if refusal is not None:
             group.fail(refusal)
@@ -176,7 +186,7 @@ class VllmEngine:
             group.handle = await self._vllm.submit(group.request, seed, self._sink(group))
         except Exception as error:
             log.exception("vLLM refused a request")
-            group.fail(EngineFailed(f"vLLM refused the request: {type(error).__name__}: {error}"))
+            group.fail(EngineFailed(f"vLLM refused the request: {_named(error)}"))
             return
         if group.over or not group.unfinished:  # ended while it was being submitted
             await self._abort(group)
@@ -184,7 +194,7 @@ class VllmEngine:
     def _sink(self, group: Group) -> Any:
         def sink(output: Any) -> None:
             if isinstance(output, Exception):
-                group.fail(EngineFailed(f"vLLM failed: {type(output).__name__}: {output}"))
+                group.fail(EngineFailed(f"vLLM failed: {_named(output)}"))
             else:
                 group.take(output)
 
@@ -219,20 +229,20 @@ class VllmEngine:
 
     async def pause(self, mode: pb.PauseMode) -> int:
         """See `Engine.pause`."""
-        already = not self._gate.is_set()
         self._gate.clear()
-        if mode == pb.PAUSE_MODE_WAIT and not already:
+        if mode == pb.PAUSE_MODE_WAIT and not self._frozen:
             await self._drained()
             return 0
         async with self._control:
-            running = [group for group in self._groups if group.admitted]
             if mode == pb.PAUSE_MODE_KEEP and not self._frozen:
                 await self._vllm.freeze()
                 self._frozen = True
+            if mode != pb.PAUSE_MODE_ABORT:
+                return self._vllm.unfinished
+            running = [group for group in self._groups if group.admitted]
             count = sum(group.unfinished for group in running)
-            if mode == pb.PAUSE_MODE_ABORT:
-                for group in running:
-                    await self._abort(group)
+            for group in running:
+                await self._abort(group)
         return count
 
     async def _drained(self) -> None:
@@ -292,8 +302,7 @@ class VllmEngine:
             self._version, self._broken = None, True
             await self._end_all(StateError(f"the engine is STALE: {error}"))
             raise BrokenModel(
-                f"applying version {version} failed half-way ({type(error).__name__}: {error}); "
-                "send a full update"
+                f"applying version {version} failed half-way ({_named(error)}); send a full update"
             ) from error
 
     def _cross(self, group: Group, version: int) -> None:
@@ -314,8 +323,13 @@ class VllmEngine:
         """vLLM after a broken update: its layers may be in any state."""
         assert self._plan is not None
         log.info("starting vLLM anew")
-        await asyncio.to_thread(self._vllm.shutdown)
-        self._client = await asyncio.to_thread(self._plan.start)
+        client, self._client = self._client, None
+        try:
+            if client is not None:
+                await asyncio.to_thread(client.shutdown)
+            self._client = await asyncio.to_thread(self._plan.start)
+        except Exception as error:
+            raise EngineFailed(f"vLLM could not start anew: {_named(error)}") from error
         self._broken = False
         self._frozen = False
 
@@ -330,29 +344,36 @@ class VllmEngine:
         try:
             return await self._vllm.probe(token_ids_T)
         except Exception as error:
-            raise EngineFailed(f"vLLM failed: {type(error).__name__}: {error}") from error
+            raise EngineFailed(f"vLLM failed: {_named(error)}") from error
 
     # -- end ---------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """See `Engine.close`."""
+        self._closed = True
         async with self._control:
             await self._end_all()
             await self._stop()
+        processes.clear_scratch()
 
     async def _watch(self) -> None:
         """Ends the process when a process of vLLM has ended: no deaf engine looks healthy.
 
-        Its supervisor starts it again, EMPTY, and the trainer loads and publishes anew.
+        Its supervisor starts it again, EMPTY, and the trainer loads and publishes anew. Whoever
+        ends vLLM on purpose takes `_client` away first. A call under which vLLM dies never returns.
         """
         while True:
             await asyncio.sleep(WATCH_S)
             client = self._client
-            if client is None or not client.dead or self._control.locked():
+            if client is None or not client.dead:
                 continue
             log.critical("vLLM died; so does this process")
             await self._end_all(EngineFailed("vLLM died; the engine starts again"))
             await asyncio.sleep(WATCH_S)  # callers hear of it
             await self._stop()
             logging.shutdown()
-            os._exit(1)
+            processes.end_self()
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

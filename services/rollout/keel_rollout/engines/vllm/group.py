@@ -78,6 +78,7 @@ class Group:
         self.handle: str | None = None
         """vLLM's name of the request, a moment later."""
         self.over = False
+        self.failed = False
         self._layers, self._dtype = layers, dtype
         prompt = len(request.prompt_P)
         self._samples = [_Sample(i, prompt) for i in range(request.num_samples)]
@@ -138,7 +139,8 @@ class Group:
                 self._finish(sample, "abort", None)
 
     def fail(self, error: KeelError) -> None:
-        """Ends the group with an error."""
+        """Ends the group with an error; what vLLM still has of it is to be aborted."""
+        self.failed = True
         for sample in self._samples:
             sample.finished = True
         self.sink.put_nowait(error)

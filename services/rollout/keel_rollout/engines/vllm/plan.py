@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import tensor_pb2
 from keel_rollout.engines.torch.model import Model
 from keel_rollout.engines.vllm.client import Client
+from keel_rollout.engines.vllm.processes import SCRATCH
 from keel_rollout.engines.vllm.settings import engine_arguments
 
 ARCHITECTURES = (
@@ -58,7 +60,7 @@ class Plan:
 
     def _folder(self) -> tempfile.TemporaryDirectory:
         """A private folder with config.json, which vLLM reads at its start and never again."""
-        folder = tempfile.TemporaryDirectory(prefix="keel-vllm-")
+        folder = tempfile.TemporaryDirectory(dir=os.environ[SCRATCH])
         (Path(folder.name) / "config.json").write_text(json.dumps(self._fields))
         return folder
 

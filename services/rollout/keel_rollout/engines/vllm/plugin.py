@@ -5,9 +5,9 @@ Importing this module imports nothing of vLLM: the entry point is harmless where
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
-import time
 from typing import Any
 
 from keel_rollout.engines.vllm.processes import end_self
@@ -30,13 +30,14 @@ def register() -> None:
     )
     _keep_full_logprobs(Sampler)
     if os.getpid() != int(os.environ[PARENT]):
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
-    """Ends an orphan: vLLM's processes outlive a parent that was killed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end_with_parent() -> None:
+    """Ends an orphan: vLLM's processes outlive a parent that was killed, be it before this call."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "vLLM spawns its processes by multiprocessing"
+    parent.join()
     end_self()
 
 

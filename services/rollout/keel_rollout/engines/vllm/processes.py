@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+SCRATCH = "VLLM_RPC_BASE_PATH"
+"""The variable by which vLLM, in every process, knows where its sockets go."""
 
 
 def started(before: Collection[psutil.Process]) -> list[psutil.Process]:
@@ -67,8 +72,28 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
+def make_scratch() -> None:
+    """A private folder for vLLM's sockets, which it leaves behind when killed, and for configs."""
+    os.environ[SCRATCH] = tempfile.mkdtemp(prefix="keel-vllm-")
+
+
+def clear_scratch(*, keep: bool = False) -> None:
+    """Empties the folder, where nothing of vLLM runs any more.
+
+    Args:
+        keep: the folder itself stays.
+    """
+    folder = Path(os.environ[SCRATCH])
+    for path in folder.glob("*"):
+        if path.is_socket():
+            path.unlink(missing_ok=True)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def end_self() -> None:
-    """Ends this process at once, its shared memory with it."""
+    """Ends this process at once, with its shared memory and vLLM's sockets."""
     for path in segments("self"):
         path.unlink(missing_ok=True)
+    clear_scratch()
     os._exit(1)
