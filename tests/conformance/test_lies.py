@@ -34,7 +34,8 @@ def test_a_lie_is_found_by_the_right_rows(
     if not lie.everywhere:
         rows = [r for r in rows if r not in {f"{stage}/{row}" for stage in AGAIN for row in SUITE}]
     outcomes = tried(lie.engine, model, shared=tmp_path, only=rows)
-    assert failed(outcomes) == {row for row in lie.found_by if row in rows}, told(outcomes)
+    found = failed(outcomes) - lie.may_spoil
+    assert found == {row for row in lie.found_by if row in rows}, told(outcomes)
     assert all(o.seen and o.valid for o in outcomes.values() if o.status is Status.FAIL)
 
 

@@ -136,8 +136,9 @@ def test_an_engine_that_lies_is_stale_gets_no_groups_and_the_run_ends_on_the_oth
 
 
 def test_a_liar_alone_fails_the_run_with_the_numbers(fleet: Fleet, job: dict[str, Any]) -> None:
+    """It asks for one engine: one that asks for more, and lacks one, would wait for that."""
     liar = fleet.engine(lies_from=1)
-    fleet.start(job, liar)
+    fleet.start(job | {"engine": {"quantize": "none"}}, liar)
     record = fleet.wait()
     assert record.phase == "FAILED"
     assert f"engine {liar.address} has loaded version 1" in record.error
