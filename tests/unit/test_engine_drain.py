@@ -262,7 +262,7 @@ async def test_prometheus_counts_engines_by_what_they_are_to_their_run(
     house.write(run, policy_version=1, phase="TRAINING", proved={a: 1}, stale={b: "gap 0.3"})
     await house.drain(c)
     now = samples((await house.client.get("/metrics")).text)
-    counts = {key[1][0]: n for key, n in now.items() if key[0] == "keel_engine_leases"}
+    counts = {key[1][0]: n for key, n in now.items() if key[0] == "keel_leases"}
     assert {state: n for state, n in counts.items() if n} == {
         **{"ready": 1, "stale": 1, "drained": 1, "free": 1},
     }

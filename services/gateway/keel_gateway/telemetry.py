@@ -146,7 +146,7 @@ def _leases(registry: Registry, records: list[RunRecord], drained: Collection[st
         for address, engine in registry.engines.items()
     )
     leases = GaugeMetricFamily(
-        "keel_engine_leases",
+        "keel_leases",
         "Engines by what they are to their run; free and drained: to none",
         labels=["state"],
     )
