@@ -329,6 +329,11 @@ def engine_process(
 @contextlib.contextmanager
 def _drained(stream: Any) -> Iterator[None]:
     """Keeps reading, so that the process never blocks on a full pipe."""
-    thread = threading.Thread(target=lambda: [None for _ in stream], daemon=True)
-    thread.start()
+
+    def read() -> None:
+        with contextlib.suppress(ValueError):  # closed, once the process has ended
+            for _ in stream:
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
     yield

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from keel import rpc
 from keel.errors import IntegrityError, KeelError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel_trainer.delivery import EngineError, EngineLink, serves
@@ -30,18 +31,8 @@ version gives it another chance."""
 _POLL_S = 2.0
 _FIRST_DELAY_S, _MOST_DELAY_S = 0.1, 2.0
 _AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-"""To be tried again for as long as it takes."""
-_REFUSED = (
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.OUT_OF_RANGE,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-)
-"""The same call would be answered the same way. What is in neither list is tried REPAIRS times: the
-engine may just have been restarted, or the bytes were damaged on the way."""
+"""To be tried again for as long as it takes. What is neither here nor in `rpc.FINAL` is tried
+REPAIRS times: the engine may just have been restarted, or the bytes were damaged on the way."""
 
 
 class EngineWorker:
@@ -138,7 +129,7 @@ class EngineWorker:
             except grpc.RpcError as failed:
                 code = failed.code()
                 error = EngineError(f"engine {self._address}: {code.name}: {failed.details()}")
-                away, refused = code in _AWAY, code in _REFUSED
+                away, refused = code in _AWAY, code in rpc.FINAL
             except KeelError as failed:
                 # kept for long: its frames would keep the version's bytes
                 error, away = failed.with_traceback(None), False

@@ -18,17 +18,6 @@ GENERATE_TIMEOUT_S = 3600.0
 """For an engine that is alive but stuck; keepalive finds a dead one within a minute. Waiting for
 other cohorts counts, so it is generous."""
 
-_PERMANENT = {
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.OUT_OF_RANGE,
-    grpc.StatusCode.NOT_FOUND,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-}
-"""A resend would be answered the same way. Everything else is the engine's trouble and may pass."""
-
 
 class EngineFailure(Exception):
     """The engine cannot answer now: down, loading, paused, overtaken. Recovery: send again."""
@@ -113,7 +102,7 @@ class EngineClient:
         """What to raise in place of an error of gRPC."""
         if isinstance(error, grpc.aio.AioRpcError):
             message = f"engine {self.address}: {error.code().name}: {error.details()}"
-            return (StateError if error.code() in _PERMANENT else EngineFailure)(message)
+            return (StateError if error.code() in rpc.FINAL else EngineFailure)(message)
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             return error
