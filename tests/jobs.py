@@ -28,6 +28,17 @@ class Jobs:
     def rows(self, job: str) -> list[dict[str, Any]]:
         return self.http.get(f"/v1/jobs/{job}/metrics").raise_for_status().json()["rows"]
 
+    def wait_up(self, timeout_s: float = 60) -> None:
+        """Returns once the gateway, which somebody has killed, answers again."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.http.get("/healthz").raise_for_status()
+                return
+            except httpx.HTTPError:
+                assert time.monotonic() < deadline, "the gateway does not come back"
+                time.sleep(0.1)
+
     def wait(self, job: str, *, step: int | None = None, timeout_s: float = 180) -> dict[str, Any]:
         """The job once it is over, or has done `step` optimizer steps."""
         deadline = time.monotonic() + timeout_s

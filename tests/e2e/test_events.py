@@ -24,6 +24,7 @@ def test_each_row_and_evaluation_comes_once_whole_and_in_order(
                 pid = stack.pid("gateway")
                 assert pid is not None
                 os.kill(pid, signal.SIGKILL)
+    jobs.wait_up()  # where the last events were on their way, they came without it
     rows = jobs.rows(job)
     assert [row["step"] for row in seen["metrics"]] == list(range(1, 25))
     assert [row["step"] for row in seen["evaluation"]] == list(range(0, 25, 4))
