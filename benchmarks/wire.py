@@ -44,13 +44,12 @@ def encode(tokens: np.ndarray, logprobs: np.ndarray, routes: np.ndarray) -> byte
     codec.fill(sequence.rollout_logprobs, logprobs)
     sequence.routes.codec = sequence_pb2.ROUTE_CODEC_DENSE
     codec.fill(sequence.routes.inline, routes)
-    (data,) = pack(envelope).values()
-    return data
+    return pack(envelope)
 
 
-def decode(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def decode(fields: dict[bytes, bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The arrays again, checksum verified."""
-    (sequence,) = unpack({b"envelope": data}, run="bench").group.sequences
+    (sequence,) = unpack(fields, run="bench").group.sequences
     tokens = codec.to_ndarray(sequence.token_ids, "tokens", dtypes=("int32",), shape=(None,))
     logprobs = codec.to_ndarray(
         sequence.rollout_logprobs, "logprobs", dtypes=("float32",), shape=(None,)

@@ -107,12 +107,40 @@ def test_stream_entries() -> None:
     envelope = sequence_pb2.Envelope(
         id=sequence_pb2.SlotId(run="r"), void=sequence_pb2.VoidSlot(reason="none")
     )
-    assert queue.unpack(queue.pack(envelope), run="r") == envelope
+    fields = queue.pack(envelope)
+    assert fields == {b"slot": b"0/0/0", b"envelope": bytes.fromhex("0a030a01721a060a046e6f6e65")}
+    assert queue.unpack(fields, run="r") == envelope
     with pytest.raises(WireError, match="valid: 'other'"):
-        queue.unpack(queue.pack(envelope), run="other")
+        queue.unpack(fields, run="other")
     with pytest.raises(WireError, match="fields"):
         queue.unpack({b"x": b""}, run="r")
+    with pytest.raises(WireError, match="valid: attempt/lap/slot"):
+        queue.slot_of(fields | {queue.SLOT_FIELD: b"0/01/0"})
+    with pytest.raises(WireError, match="0/0/0 is not valid; valid: 0/1/0"):
+        queue.unpack(fields | {queue.SLOT_FIELD: b"0/1/0"}, run="r")
     with pytest.raises(WireError, match="no Envelope"):
-        queue.unpack({queue.ENVELOPE_FIELD: b"\xff\xff"}, run="r")
+        queue.unpack(fields | {queue.ENVELOPE_FIELD: b"\xff\xff"}, run="r")
     with pytest.raises(WireError, match="payload: unset"):
         queue.unpack(queue.pack(sequence_pb2.Envelope(id=sequence_pb2.SlotId(run="r"))), run="r")
+
+
+def test_stream_entries_by_reference() -> None:
+    envelope = sequence_pb2.Envelope(
+        id=sequence_pb2.SlotId(run="r", lap=3, slot=1), void=sequence_pb2.VoidSlot(reason="none")
+    )
+    data = envelope.SerializeToString()
+    ref = sequence_pb2.BlobRef(uri="r/groups-0-3-1-00", size_bytes=len(data), xxh3=7)
+    fields = queue.pack_blob(queue.SlotKey(0, 3, 1), ref)
+    assert fields[b"slot"] == b"0/3/1"
+    asked = []
+
+    def read(ref: sequence_pb2.BlobRef) -> bytes:
+        asked.append(ref)
+        return data
+
+    assert queue.unpack(fields, run="r", read=read) == envelope
+    assert asked == [ref]
+    with pytest.raises(WireError, match="no blob store"):
+        queue.unpack(fields, run="r")
+    with pytest.raises(WireError, match="no BlobRef"):
+        queue.unpack(fields | {queue.BLOB_FIELD: b"\xff\xff"}, run="r", read=read)

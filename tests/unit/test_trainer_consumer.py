@@ -153,6 +153,6 @@ def test_a_lost_reply_loses_nothing(client: redis.Redis) -> None:
 
 
 def test_an_entry_that_is_no_envelope_is_an_error_that_says_so(client: redis.Redis) -> None:
-    client.xadd(KEY, {b"envelope": b"\xff\xff\xff"})
+    client.xadd(KEY, {b"slot": b"0/0/0", b"envelope": b"\xff\xff\xff"})
     with pytest.raises(WireError, match="no Envelope"):
         reader(client).take(0, 0, never)

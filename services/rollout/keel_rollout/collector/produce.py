@@ -10,7 +10,7 @@ import numpy.typing as npt
 import redis.asyncio
 
 from keel import metrics
-from keel.queue import demos_key, groups_key, metrics_key, run_key
+from keel.queue import SlotKey, demos_key, groups_key, metrics_key, run_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.spec import COHORT_SEQUENCES, RunSpec
 from keel.types.v1 import sequence_pb2
@@ -21,7 +21,7 @@ from keel_rollout.collector.engine_client import EngineModel
 from keel_rollout.collector.plan import Cohort, Plan, Slot
 from keel_rollout.collector.responses import Response
 from keel_rollout.collector.sender import Sender
-from keel_rollout.collector.streams import SlotKey, SlotStream
+from keel_rollout.collector.streams import SlotStream
 from keel_rollout.collector.telemetry import EVALUATIONS, SLOTS
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
@@ -183,8 +183,7 @@ class Producer:
         )
 
     async def _has(self, slot: Slot) -> bool:
-        key = SlotKey(slot.id.attempt, slot.id.lap, slot.id.slot)
-        return key in await self._groups.added()
+        return SlotKey.of(slot.id) in await self._groups.added()
 
     async def _complete(self, cohort: Cohort) -> bool:
         return all([await self._has(slot) for slot in cohort.slots])

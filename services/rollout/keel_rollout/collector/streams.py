@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NamedTuple
 
 import redis.asyncio
 
 from keel.errors import WireError
-from keel.queue import pack, unpack
+from keel.queue import SlotKey, pack, slot_of
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.backoff import REDIS_TIMEOUT_S, Backoff, insist, passes
 
@@ -18,14 +17,6 @@ log = logging.getLogger(__name__)
 _PAGE = 32
 _AT_ONCE = 8
 """Entries being added: Redis syncs those that come together to disk together."""
-
-
-class SlotKey(NamedTuple):
-    """A slot within its run."""
-
-    attempt: int
-    lap: int
-    slot: int
 
 
 class SlotStream:
@@ -58,7 +49,7 @@ class SlotStream:
 
     async def add(self, envelope: sequence_pb2.Envelope) -> None:
         """Adds the envelope unless its slot is there; waits while Redis or the stream is away."""
-        key = SlotKey(envelope.id.attempt, envelope.id.lap, envelope.id.slot)
+        key = SlotKey.of(envelope.id)
         fields = pack(envelope)
         backoff = Backoff(f"stream {self._key}")
         while key not in await self.added():
@@ -93,11 +84,9 @@ class SlotStream:
         while entries := await self._page(begin):
             for entry_id, fields in entries:
                 try:
-                    place = unpack(fields, run=self._run).id
+                    found.add(slot_of(fields))
                 except WireError as error:
                     log.warning("stream %s, entry %s: %s", self._key, entry_id.decode(), error)
-                    continue
-                found.add(SlotKey(place.attempt, place.lap, place.slot))
             begin = f"({entries[-1][0].decode()}"
         return found
 
