@@ -36,6 +36,9 @@ from keel.spec_recipe import RecipeSpec as RecipeSpec
 
 COHORT_SEQUENCES = 256
 """Most sequences of a cohort, unless one group is larger: a batch that computes well."""
+COHORT_TOKENS = 2**20
+"""Most response tokens of a cohort, unless one group has more: what engine and collector hold at
+once stays bounded for long responses. Up to 4,096 tokens each, COHORT_SEQUENCES cuts."""
 
 
 EngineKind = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -259,8 +262,11 @@ class RunSpec(_Section):
 
     def cohorts(self, groups: int) -> list[range]:
         """Cuts consecutive slots into cohorts: a function of the spec, never of engines."""
-        size = max(1, COHORT_SEQUENCES // self.rollout.group_size)
-        return [range(begin, min(begin + size, groups)) for begin in range(0, groups, size)]
+        return _cut(groups, self.rollout.group_size, self.rollout.max_tokens)
+
+    def evaluation_cohorts(self, prompts: int) -> list[range]:
+        """Cuts prompts of an evaluation set, k responses each, in the same way."""
+        return _cut(prompts, self.evaluation.k, self.evaluation_max_tokens)
 
     def evaluated_steps(self) -> list[int]:
         """Steps after which the held-out prompts are evaluated, ascending; step 0 is version 0."""
@@ -268,6 +274,11 @@ class RunSpec(_Section):
         if every == 0:
             return []
         return sorted({*range(0, self.recipe.steps, every), self.recipe.steps})
+
+
+def _cut(groups: int, group_size: int, max_tokens: int) -> list[range]:
+    size = max(1, min(COHORT_SEQUENCES, COHORT_TOKENS // max_tokens) // group_size)
+    return [range(begin, min(begin + size, groups)) for begin in range(0, groups, size)]
 
 
 def parse_spec(data: Any) -> RunSpec:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from keel import codec
 from keel.seeds import derive_seed
-from keel.spec import COHORT_SEQUENCES, RunSpec
+from keel.spec import RunSpec
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.data import Evaluated, RunData
 from keel_rollout.collector.tasks.base import Problem
@@ -83,14 +83,12 @@ class Plan:
         self, evaluated: Evaluated, attempt: int, version: int, slots: Sequence[Slot]
     ) -> list[Cohort]:
         """Cuts those prompts of a set that are to be generated, k sequences each."""
-        size = max(1, COHORT_SEQUENCES // self._spec.evaluation.k)
         mine = f"/{evaluated.name}" if evaluated.own_seeds else ""
         return [
             Cohort(
-                f"{attempt}/{version}/evaluation{mine}/{begin // size}",
-                slots[begin : begin + size],
+                f"{attempt}/{version}/evaluation{mine}/{number}", [slots[index] for index in places]
             )
-            for begin in range(0, len(slots), size)
+            for number, places in enumerate(self._spec.evaluation_cohorts(len(slots)))
         ]
 
     def demonstrations(self, attempt: int, step: int) -> sequence_pb2.Envelope:
