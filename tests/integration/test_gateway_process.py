@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -123,6 +124,62 @@ async def test_a_run_of_a_trainer_that_was_taken_away_can_be_cancelled(tmp_path:
             assert not client_of_trainer.exists(groups_key(job["id"]))
 
 
+async def test_a_run_moves_from_a_trainer_that_is_gone_to_one_that_is_free(tmp_path: Path) -> None:
+    url = start_redis(tmp_path)
+    async with serve(EnginePeer(abilities())) as engine_at, serve(TrainerPeer()) as second_at:
+        pass  # only to find addresses
+    async with serve(EnginePeer(abilities()), engine_at):
+        async with serve(first := TrainerPeer()) as first_at:
+            trainers = ("--trainers", f"{first_at},{second_at}", "--lease-s", "0.5")
+            gateway = Gateway(tmp_path, url, *trainers, "--engines", engine_at)
+            async with gateway() as client:
+                job = (await client.post("/v1/jobs", json=SPEC)).json()
+                await eventually(lambda: first.started == [(job["id"], 1)])
+        async with gateway() as client:  # a new one counts anew, and the first is gone for good
+            alone = f"trainer {first_at} does not answer"
+            await eventually(lambda: _reason_has(client, job["id"], alone))
+            free = f"no other trainer is free: {second_at} does not answer"
+            await eventually(lambda: _reason_has(client, job["id"], free))
+            async with serve(second := TrainerPeer(), second_at):
+                await eventually(lambda: second.started == [(job["id"], 2)])
+                moved = (await client.get(f"/v1/jobs/{job['id']}")).json()
+                assert (moved["trainer"], moved["engines"]) == (second_at, [engine_at])
+                async with serve(first, first_at):  # it is back, and free: nothing moves again
+                    second_job = (await client.post("/v1/jobs", json=SPEC)).json()
+                    assert f"{engine_at} is leased to {job['id']}" in second_job["reason"]
+                    await asyncio.sleep(1)
+                    assert (await client.get(f"/v1/jobs/{job['id']}")).json() == moved
+                assert second.started == [(job["id"], 2)]
+                assert first.started == [(job["id"], 1)]
+
+
+async def test_a_run_of_a_trainer_that_was_taken_away_moves_too(tmp_path: Path) -> None:
+    url = start_redis(tmp_path)
+    async with serve(EnginePeer(abilities())) as engine_at, serve(second := TrainerPeer()) as at:
+        async with serve(TrainerPeer()) as gone_at:
+            gateway = Gateway(tmp_path, url, "--trainers", gone_at, "--engines", engine_at)
+            async with gateway() as client:
+                job = (await client.post("/v1/jobs", json=SPEC)).json()
+                assert job["trainer"] == gone_at
+        flags = ("--trainers", at, "--engines", engine_at, "--lease-s", "0.5")
+        async with Gateway(tmp_path, url, *flags)():
+            await eventually(lambda: second.started == [(job["id"], 2)])
+
+
+async def test_a_run_whose_trainer_is_gone_can_be_cancelled(tmp_path: Path) -> None:
+    url = start_redis(tmp_path)
+    async with serve(EnginePeer(abilities())) as engine_at, serve(TrainerPeer()) as trainer_at:
+        flags = ("--trainers", trainer_at, "--engines", engine_at)
+        async with Gateway(tmp_path, url, *flags)() as client:
+            job = (await client.post("/v1/jobs", json=SPEC)).json()
+            assert job["trainer"] == trainer_at
+    with redis.Redis.from_url(url) as client_of_trainer:
+        client_of_trainer.hset(run_key(job["id"]), mapping=pack_fields(phase="TRAINING"))
+    async with Gateway(tmp_path, url, *flags, "--lease-s", "0.5")() as client:
+        await client.post(f"/v1/jobs/{job['id']}/cancel")
+        await eventually(lambda: _phase_is(client, job["id"], "CANCELLED"))
+
+
 async def test_a_body_over_the_limit_does_not_stop_the_gateway(tmp_path: Path) -> None:
     async with Gateway(tmp_path, start_redis(tmp_path))() as client:
         huge = b'{"name": "' + b"x" * 3 * 2**20 + b'"}'
@@ -139,6 +196,8 @@ async def test_a_body_over_the_limit_does_not_stop_the_gateway(tmp_path: Path) -
         (["--listen", "0.0.0.0:0"], "no authentication yet"),
         (["--engines", "nonsense"], "--engines: 'nonsense' is not valid; valid: HOST:PORT"),
         (["--redis", "http://x"], "redis://"),
+        (["--lease-s", "soon"], "--lease-s: 'soon' is not valid; valid: seconds, more than 0"),
+        (["--lease-s", "0"], "--lease-s"),
     ],
 )
 def test_a_wrong_setting_ends_it_with_a_sentence(flags: list[str], told: str) -> None:
@@ -166,6 +225,10 @@ async def test_it_stops_when_told(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=10) in (0, -signal.SIGTERM)
     process.stderr.close()
+
+
+async def _phase_is(client: httpx.AsyncClient, run: str, phase: str) -> bool:
+    return bool((await client.get(f"/v1/jobs/{run}")).json()["phase"] == phase)
 
 
 async def _reason_has(client: httpx.AsyncClient, run: str, part: str) -> bool:

@@ -144,6 +144,74 @@ class TestTopUp:
         assert "a is leased to first" in planned.waiting["second"]
 
 
+class TestLapse:
+    """Who has been silent for longer than a lease lasts, and who takes the place."""
+
+    def test_a_silent_trainer_is_replaced_by_one_that_is_free(self) -> None:
+        forsaken = running("r", spec(), "a")
+        trainers = TRAINERS | {"t:0": Peer("t:0", problem="does not answer")}
+        assert plan([forsaken], trainers, house(a="torch")).grants == [], "its lease lasts"
+        planned = plan([forsaken], trainers, house(a="torch"), lapsed={"t:0"})
+        assert planned.grants == [Grant("r", "t:1", {})]
+        assert planned.waiting == {}
+
+    def test_with_no_other_trainer_free_it_waits_and_says_so(self) -> None:
+        trainers = {"t:0": Peer("t:0", problem="does not answer"), "t:1": TRAINERS["t:1"]}
+        records = [running("r", spec(), "a"), running("other", spec(), "b", trainer="t:1")]
+        planned = plan(records, trainers, house(a="torch", b="torch"), lapsed={"t:0"})
+        assert planned.grants == []
+        assert planned.waiting == {"r": "no other trainer is free: t:1 is leased to other"}
+        trainers["t:1"] = Peer("t:1", problem="does not answer")
+        planned = plan(records[:1], trainers, house(a="torch"), lapsed={"t:0", "t:1"})
+        assert planned.waiting == {"r": "no other trainer is free: t:1 does not answer"}
+
+    def test_a_forsaken_run_comes_before_those_that_were_submitted_later(self) -> None:
+        trainers = {"t:0": Peer("t:0", problem="does not answer"), "t:1": TRAINERS["t:1"]}
+        records = [running("r", spec(), "a"), waiting("later", spec())]
+        planned = plan(records, trainers, house(a="torch", b="torch"), lapsed={"t:0"})
+        assert planned.grants == [Grant("r", "t:1", {})]
+        assert "t:1 is leased to r" in planned.waiting["later"]
+
+    def test_a_silent_engine_is_replaced_by_one_that_suits(self) -> None:
+        engines = house(a="torch", b="torch", d="vllm")
+        engines["a"].healthy = False
+        alone = running("r", spec(), "a")
+        assert plan([alone], TRAINERS, engines).grants == [], "its lease lasts"
+        (grant,) = plan([alone], TRAINERS, engines, lapsed={"a"}).grants
+        assert grant == Grant("r", "", {"b": "torch"}, lost=("a",))
+        after = grant.apply(replace(alone, proved={"a": 3}), token=9)
+        assert (after.engines, after.engine_token, after.proved) == (("b",), 9, {})
+        planned = plan([alone], TRAINERS, engines, {"b"}, lapsed={"a"})
+        assert planned.grants == []
+        assert planned.waiting["r"].startswith("waits for engine: b is drained")
+
+    def test_of_two_silent_ones_the_one_of_its_kind_leaves(self) -> None:
+        engines = house(a="torch", d="vllm", e="vllm")
+        engines["a"].healthy = engines["d"].healthy = False
+        both = running("r", spec(BOTH), "a", "d")
+        (grant,) = plan([both], TRAINERS, engines, lapsed={"a", "d"}).grants
+        assert grant == Grant("r", "", {"e": "vllm"}, lost=("d",))
+
+    def test_a_place_that_is_free_is_filled_before_one_that_is_lost(self) -> None:
+        engines = house(a="torch", b="torch")
+        engines["a"].healthy = False
+        short = running("r", spec("torch", 2), "a")
+        (grant,) = plan([short], TRAINERS, engines, lapsed={"a"}).grants
+        assert grant == Grant("r", "", {"b": "torch"}, lost=())
+
+    def test_hand_over(self) -> None:
+        before = running("r", spec(), "a", fencing_token=5, proved={"a": 3}, artifact="/base")
+        after = transitions.hand_over(before, trainer="t:1", fencing_token=9)
+        assert after == replace(before, trainer="t:1", fencing_token=9, engine_token=9)
+        for fields in ({"desired": Desired.PAUSED}, {"phase": Phase.FAILED}, {"trainer": ""}):
+            with pytest.raises(StateError, match="wants no other trainer"):
+                transitions.hand_over(replace(before, **fields), trainer="t:1", fencing_token=9)
+        with pytest.raises(
+            StateError, match="wants no other trainer"
+        ):  # the pass before has done it
+            transitions.hand_over(after, trainer="t:1", fencing_token=10)
+
+
 class TestTransitions:
     def test_join(self) -> None:
         before = running(
@@ -201,12 +269,16 @@ class TestTransitions:
 
 
 class Fleet(RuleBasedStateMachine):
-    """Passes of the scheduler over runs and engines that come, go, die and are drained."""
+    """Passes of the scheduler over runs, and trainers and engines that come, go, die for a moment
+    or for good; engines are drained too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         kinds = {"a": "torch", "b": "torch", "c": "torch", "d": "vllm", "e": "vllm"}
         self.engines = house(**kinds)
+        self.trainers = {f"t:{i}": Peer(f"t:{i}", healthy=True, problem="") for i in range(3)}
+        self.lapsed: set[str] = set()
         self.records: dict[str, RunRecord] = {}
         self.drained: set[str] = set()
         self.token = 0
@@ -243,11 +315,16 @@ class Fleet(RuleBasedStateMachine):
     def operator(self, address: str, wanted: bool) -> None:
         (self.drained.add if wanted else self.drained.discard)(address)
 
-    @rule(address=st.sampled_from("abcde"), silent=st.booleans())
-    def death(self, address: str, silent: bool) -> None:
-        one = self.engines[address]
+    @rule(
+        address=st.sampled_from([*"abcde", "t:0", "t:1", "t:2"]),
+        silent=st.booleans(),
+        long=st.booleans(),
+    )
+    def death(self, address: str, silent: bool, long: bool) -> None:
+        one = self.engines.get(address) or self.trainers[address]
         one.silent, one.healthy = silent, not silent
         one.problem = "does not answer" if silent else ""
+        (self.lapsed.add if silent and long else self.lapsed.discard)(address)
 
     @rule()
     def scheduler(self) -> None:
@@ -258,30 +335,36 @@ class Fleet(RuleBasedStateMachine):
             assert set(after.draining) <= self.drained
             assert set(record.engines) - set(after.engines) <= self.drained, "nobody else leaves"
             self.records[record.run] = after
-        for grant in plan(self._runs(), TRAINERS, self.engines, self.drained).grants:
+        arguments = (self.trainers, self.engines, self.drained, self.lapsed)
+        for grant in plan(self._runs(), *arguments).grants:
             assert not set(grant.engines) & (self.drained | lost)
+            assert set(grant.lost) <= self.lapsed
             self.token += 1
             before = self.records[grant.run]
-            after = (
-                transitions.grant(
-                    before, trainer=grant.trainer, engines=grant.engines, fencing_token=self.token
-                )
-                if grant.trainer
-                else transitions.join(before, engines=grant.engines, engine_token=self.token)
-            )
+            after = grant.apply(before, token=self.token)
             assert after.engine_token > before.engine_token
+            assert len(after.engines) >= len(before.engines)
+            if before.trainer != after.trainer:
+                assert after.fencing_token == self.token
+                assert not before.trainer or before.trainer in self.lapsed
+                assert self.trainers[after.trainer].healthy
             assert not set(grant.engines) & after.proved.keys()
             assert all(self.seen.get(a, 0) < after.engine_token for a in grant.engines)
             self.seen |= dict.fromkeys(after.engines, after.engine_token)
-            if grant.trainer:
+            if not before.trainer:
                 kinds = {self.engines[a].capabilities.can.kind for a in after.engines}  # type: ignore[union-attr]
                 assert kinds == {after.engine_kinds[a] for a in after.engines}
                 assert kinds == set(after.spec.engine.kinds)
                 assert len(after.engines) == after.spec.engine.engines
             self.records[grant.run] = after
+        held = {record.trainer for record in self._runs()}
+        if any(peer.healthy and address not in held for address, peer in self.trainers.items()):
+            assert not held & self.lapsed, "a run keeps a trainer that is gone, and one is free"
 
     @invariant()
     def leases_are_exclusive_and_within_what_is_asked(self) -> None:
+        trainers = [record.trainer for record in self._runs() if record.trainer]
+        assert len(set(trainers)) == len(trainers)
         leased = [address for record in self._runs() for address in record.engines]
         assert len(set(leased)) == len(leased)
         for record in self._runs():

@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
     redis = connect(settings.redis_url)
     store = Store(redis)
     registry = Registry(settings.engines, settings.trainers, poll_s=settings.poll_s)
-    scheduler = Scheduler(store, registry, poll_s=settings.poll_s)
+    scheduler = Scheduler(store, registry, poll_s=settings.poll_s, lease_s=settings.lease_s)
 
     feeds = Feeds(partial(events_after, store, scheduler.job))
 

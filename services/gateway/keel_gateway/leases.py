@@ -4,6 +4,9 @@ Leases are exclusive and stand in the records of runs that have not ended. Runs 
 order of submission; one that nothing free suits does not hold up those behind it. A run that waits
 takes all its engines at once or none: one that asks for several may wait long while others ask for
 one. A run that goes on with fewer than it asks for, since one was drained, gets what becomes free.
+
+A lease lapses when its holder has been silent for long, and a lapsed one ends when another can take
+the place: then the run gets that other. With nobody free it waits for either.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from functools import partial
 from typing import TypeVar
 
 from keel.record import Desired, Phase, RunRecord
+from keel_gateway import transitions
 from keel_gateway.admission import engine_lacks
 from keel_gateway.registry import Engine, Peer
 
@@ -23,13 +27,29 @@ P = TypeVar("P", bound=Peer)
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A trainer and engines for a run that waits; engines alone for one that goes on."""
+    """A trainer and engines for a run that waits; one or the other for a run that goes on."""
 
     run: str
     trainer: str
-    """Empty: it has one."""
+    """Empty: it keeps the one that it has."""
     engines: dict[str, str]
     """Kind by address, in the order of lease."""
+    lost: tuple[str, ...] = ()
+    """Engines that leave for them."""
+
+    def apply(self, record: RunRecord, *, token: int) -> RunRecord:
+        """The run's record with what it is granted, under a new token. StateError: it has changed
+        since it was planned.
+        """
+        if not self.trainer:
+            return transitions.join(
+                record, engines=self.engines, engine_token=token, lost=self.lost
+            )
+        if not self.engines:
+            return transitions.hand_over(record, trainer=self.trainer, fencing_token=token)
+        return transitions.grant(
+            record, trainer=self.trainer, engines=self.engines, fencing_token=token
+        )
 
 
 @dataclass(slots=True)
@@ -38,7 +58,8 @@ class Plan:
 
     grants: list[Grant] = field(default_factory=list)
     waiting: dict[str, str] = field(default_factory=dict)
-    """By run: why it is still QUEUED, or goes on with fewer engines than it asks for."""
+    """By run: why it is still QUEUED, or goes on with fewer engines than it asks for, or has a
+    trainer that is silent."""
 
 
 def holders(records: Iterable[RunRecord]) -> dict[str, str]:
@@ -56,6 +77,7 @@ def plan(
     trainers: Mapping[str, Peer],
     engines: Mapping[str, Engine],
     drained: Collection[str] = (),
+    lapsed: Collection[str] = (),
 ) -> Plan:
     """Gives what is free to the runs that want it.
 
@@ -63,6 +85,7 @@ def plan(
         records: all that have not ended, in the order of submission.
         trainers, engines: by address.
         drained: engines that are not to be leased.
+        lapsed: trainers and engines that have been silent for longer than a lease lasts.
     """
     records = list(records)
     held = holders(records)
@@ -70,28 +93,35 @@ def plan(
     for record in records:
         if record.desired is not Desired.RUNNING:
             continue
-        need = record.spec.engine.engines - len(record.engines)
-        if need <= 0 if record.trainer else record.phase is not Phase.QUEUED:
+        kept = [address for address in record.engines if address not in lapsed]
+        need, forsaken = record.spec.engine.engines - len(kept), record.trainer in lapsed
+        if need <= 0 and not forsaken if record.trainer else record.phase is not Phase.QUEUED:
             continue
         free_trainers, no_trainer = _free(record, "trainer", trainers, held, lambda trainer: "")
+        if forsaken and free_trainers:
+            result.grants.append(Grant(record.run, free_trainers[0], {}))
+            held[free_trainers[0]] = record.run
+            continue  # engines at the next look: this alone is one change of the record
         unfit = partial(_unfit, record, drained)
         free_engines, no_engine = _free(record, "engine", engines, held, unfit)
-        has = Counter(record.engine_kinds.get(address, "") for address in record.engines)
+        has = Counter(record.engine_kinds.get(address, "") for address in kept)
         chosen = _choose(
             record.spec.engine.kinds, need, has, {a: _kind(engines[a]) for a in free_engines}
         )
         short = need - len(chosen)
         reasons = []
-        if not record.trainer and not free_trainers:
+        if not free_trainers and not record.trainer:
             reasons.append(no_trainer)
-        if short:
+        if forsaken:
+            reasons.append(no_trainer.replace("waits for trainer", "no other trainer is free"))
+        if short > 0:
             there = {*has, *chosen.values()}
             lacking = [kind for kind in record.spec.engine.kinds if kind not in there]
             reasons.append(_waits(record, len(engines), short, lacking, no_engine))
         if reasons:
             result.waiting[record.run] = "; ".join(reasons)
         if record.trainer:
-            grant = Grant(record.run, "", chosen)
+            grant = Grant(record.run, "", chosen, _lost(record, kept, chosen))
         elif not reasons:
             grant = Grant(record.run, free_trainers[0], chosen)
         else:
@@ -100,6 +130,14 @@ def plan(
             held |= dict.fromkeys(filter(None, (grant.trainer, *grant.engines)), record.run)
             result.grants.append(grant)
     return result
+
+
+def _lost(record: RunRecord, kept: Collection[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
+    """Which lapsed engines leave for the chosen: no more than must, of the same kinds first."""
+    lapsed = [address for address in record.engines if address not in kept]
+    lapsed.sort(key=lambda a: record.engine_kinds.get(a, "") not in chosen.values())
+    over = len(record.engines) + len(chosen) - record.spec.engine.engines
+    return tuple(lapsed[: max(0, over)])
 
 
 def _choose(

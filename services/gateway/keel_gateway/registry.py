@@ -41,7 +41,12 @@ class Peer:
     healthy: bool = False
     """It answered the last question, and its health is SERVING."""
     last_seen_s: float | None = None
-    """Unix time of its last answer, s."""
+    """Unix time of its last answer, s: for people. What is decided by, is monotonic time below."""
+    heard_s: float | None = None
+    """Monotonic time of its last answer, s."""
+    quiet_s: float = 0.0
+    """For how long it has not been healthy, s: since it last was, or since the gateway began to
+    ask. Time in which the gateway did not ask, since it was stopped itself say, counts little."""
     problem: str = "has not been asked yet"
     """Why it is not healthy, as the rest of a sentence; empty where it is."""
     silent: bool = False
@@ -64,6 +69,8 @@ class Registry:
     def __init__(self, engines: Sequence[str], trainers: Sequence[str], *, poll_s: float) -> None:
         self.engines = {address: Engine(address) for address in engines}
         self.trainers = {address: Peer(address) for address in trainers}
+        self.former_trainers: dict[str, Peer] = {}
+        """Those that a run is leased to, and that this gateway was not told of."""
         self._poll_s = poll_s
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -80,6 +87,18 @@ class Registry:
             for task in late:
                 task.cancel()
 
+    def ask_former_trainer(self, address: str) -> None:
+        """Keeps a trainer in `former_trainers` from now on."""
+        if address not in self.former_trainers:
+            peer = self.former_trainers[address] = Peer(address)
+            self._tasks.append(asyncio.create_task(self._follow(peer, _ask_health)))
+
+    def lapsed(self, lease_s: float) -> frozenset[str]:
+        """Trainers not healthy, and engines where nothing answers, for `lease_s` seconds."""
+        trainers = [*self.trainers.values(), *self.former_trainers.values()]
+        engines = [engine for engine in self.engines.values() if engine.silent]
+        return frozenset(p.address for p in (*trainers, *engines) if p.quiet_s >= lease_s)
+
     async def stop(self) -> None:
         """Ends the asking."""
         for task in self._tasks:
@@ -90,6 +109,7 @@ class Registry:
         self, peer: Any, ask: Callable[[Any, grpc.aio.Channel], Awaitable[None]]
     ) -> None:
         channel = rpc.aio_channel(peer.address)
+        told_s = time.monotonic()
         try:
             while True:
                 begun = time.monotonic()
@@ -102,6 +122,9 @@ class Registry:
                     # otherwise hide for minutes that the peer is back.
                     await channel.close()
                     channel = rpc.aio_channel(peer.address)
+                since_s, told_s = told_s, time.monotonic()
+                quiet_s = min(told_s - since_s, 2 * DEADLINE_S + self._poll_s)
+                peer.quiet_s = 0.0 if peer.healthy else peer.quiet_s + quiet_s
                 peer.asked.set()
                 await asyncio.sleep(max(0.0, self._poll_s - (time.monotonic() - begun)))
         finally:
@@ -111,7 +134,7 @@ class Registry:
 async def _ask_health(peer: Peer, channel: grpc.aio.Channel) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channel)  # its type stubs know no asyncio
     answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
-    peer.last_seen_s = time.time()
+    _hear(peer)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
         raise ConnectionError(f"says that it is {name}")
@@ -122,8 +145,12 @@ async def _ask_engine(engine: Engine, channel: grpc.aio.Channel) -> None:
     engine.capabilities = await stub.GetCapabilities(
         rollout_service_pb2.GetCapabilitiesRequest(), timeout=DEADLINE_S
     )
-    engine.last_seen_s = time.time()
+    _hear(engine)
     await _ask_health(engine, channel)
+
+
+def _hear(peer: Peer) -> None:
+    peer.last_seen_s, peer.heard_s = time.time(), time.monotonic()
 
 
 def describe(error: Exception) -> str:
@@ -141,7 +168,7 @@ def _silent(peer: Peer, error: Exception) -> bool:
     if code is grpc.StatusCode.UNAVAILABLE:
         return True
     late = code is grpc.StatusCode.DEADLINE_EXCEEDED
-    return late and time.time() - (peer.last_seen_s or 0.0) > SILENT_AFTER_S
+    return late and (peer.heard_s is None or time.monotonic() - peer.heard_s > SILENT_AFTER_S)
 
 
 def _note(peer: Peer, problem: str, *, silent: bool = False) -> None:

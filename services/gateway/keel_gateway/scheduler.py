@@ -5,7 +5,7 @@ after each leased run in a task of its own, so that a trainer that hangs delays 
 
     cancelled wanted                       -> CancelRun
     not yet started by this gateway,
-    or its trainer was away                -> StartRun (idempotent: a known id resumes)
+    or its trainer was away or is another  -> StartRun (idempotent: a known id resumes)
     otherwise, every few seconds           -> GetRun, and StartRun if nobody works on it
 
 The same pass empties engines: it marks in the records those that operators want drained, and takes
@@ -50,8 +50,9 @@ SLOW_AFTER_S = 10.0
 class Scheduler:
     """Grants leases and drives trainers until it is stopped."""
 
-    def __init__(self, store: Store, registry: Registry, *, poll_s: float) -> None:
-        self._store, self._registry, self._poll_s = store, registry, poll_s
+    def __init__(self, store: Store, registry: Registry, *, poll_s: float, lease_s: float) -> None:
+        self._store, self._registry = store, registry
+        self._poll_s, self._lease_s = poll_s, lease_s
         self._loop: asyncio.Task[None] | None = None
         self._stopping = False
         self._wake = asyncio.Event()
@@ -82,10 +83,17 @@ class Scheduler:
                 expected = f"trainer {record.trainer} is stopping it"
             elif record.phase is Phase.QUEUED:
                 expected = f"trainer {record.trainer} is starting it"
-            return self._trouble.get(record.run) or expected or self._engine_trouble(record)
+            silent = self._silent_trainer(record)
+            return silent or expected or self._engine_trouble(record)
         if paused:
             return "paused: gets no trainer and no engine until it is resumed"
         return self._waiting.get(record.run, "waits for the scheduler's next pass")
+
+    def _silent_trainer(self, record: RunRecord) -> str:
+        trouble = self._trouble.get(record.run, "")
+        if trouble and record.trainer in self._registry.lapsed(self._lease_s):
+            trouble = "; ".join(filter(None, [trouble, self._waiting.get(record.run, "")]))
+        return trouble
 
     def _engine_trouble(self, record: RunRecord) -> str:
         since = time.monotonic() - SLOW_AFTER_S
@@ -95,8 +103,9 @@ class Scheduler:
             if self._joining_since_s.get((record.run, address), math.inf) < since
         }
         short = len(record.engines) < record.spec.engine.engines
-        waits = self._waiting.get(record.run, "waits for the scheduler's next pass")
-        return fleet_view.trouble(record, self._registry.engines, slow, waits if short else "")
+        no_pass_yet = "waits for the scheduler's next pass" if short else ""
+        waits = self._waiting.get(record.run, no_pass_yet)
+        return fleet_view.trouble(record, self._registry.engines, slow, waits)
 
     def wake(self, run: str) -> None:
         """Has the loop look after `run` at once."""
@@ -137,7 +146,13 @@ class Scheduler:
             unfinished = await self._store.unfinished()
             records = [await self._empty(record, drained) for record in unfinished]
             self._note_joining(records)
-            planned = plan(records, self._registry.trainers, self._registry.engines, drained)
+            for record in records:
+                if record.trainer and record.trainer not in self._registry.trainers:
+                    self._registry.ask_former_trainer(record.trainer)
+            lapsed = self._registry.lapsed(self._lease_s)
+            planned = plan(
+                records, self._registry.trainers, self._registry.engines, drained, lapsed
+            )
             self._waiting = planned.waiting
             granted = [await self._grant(grant) for grant in planned.grants]
             return [record for record in (*records, *granted) if record and record.trainer]
@@ -174,23 +189,18 @@ class Scheduler:
 
     async def _grant(self, grant: Grant) -> RunRecord | None:
         token = await self._store.next_fencing_token()
-        change = (
-            partial(
-                transitions.grant,
-                trainer=grant.trainer,
-                engines=grant.engines,
-                fencing_token=token,
-            )
-            if grant.trainer
-            else partial(transitions.join, engines=grant.engines, engine_token=token)
-        )
         try:
-            record = await self._store.change(grant.run, change)
+            record = await self._store.change(grant.run, partial(grant.apply, token=token))
         except StateError as error:  # cancelled since the pass began
             log.info("%s", error)
             return None
         leased = ", ".join(filter(None, (grant.trainer, *grant.engines)))
-        log.info("%s leased to %s, token %d", leased, grant.run, token)
+        instead = f", instead of {', '.join(grant.lost)}" if grant.lost else ""
+        log.info("%s leased to %s%s, token %d", leased, grant.run, instead, token)
+        if grant.trainer:
+            self._forget(grant.run)  # what was known is of the trainer before
+            if (look := self._looks.get(grant.run)) is not None:
+                look.cancel()
         self.wake(grant.run)
         return record
 
@@ -201,7 +211,9 @@ class Scheduler:
             self._forget(run)
         for run, record in leased.items():
             trainer = self._registry.trainers.get(record.trainer)
-            if trainer is not None and not trainer.healthy:
+            gone = record.trainer in self._registry.lapsed(self._lease_s)
+            ends = gone and record.desired is Desired.CANCELLED
+            if trainer is not None and not trainer.healthy and not ends:
                 self._trouble[run] = f"trainer {record.trainer} {trainer.problem}"
                 self._started.discard(run)
                 self._next_look_s[run] = 0.0
@@ -274,9 +286,12 @@ class Scheduler:
         try:
             await stub.CancelRun(request, timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            # The operator has taken this trainer away: nobody else would ever free the engines. If
-            # its process lives after all, it reads in the record that it is to stop.
-            orphan = record.trainer not in self._registry.trainers and error.code() in MUTE
+            # The operator has taken this trainer away, or it is silent for long: nobody else would
+            # ever free the engines. If its process lives after all, it reads in the record that it
+            # is to stop.
+            taken_away = record.trainer not in self._registry.trainers
+            gone = taken_away or record.trainer in self._registry.lapsed(self._lease_s)
+            orphan = gone and error.code() in MUTE
             untaken = record.phase is Phase.QUEUED and error.code() is grpc.StatusCode.NOT_FOUND
             if not (orphan or untaken):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ class Settings:
     """Trainers' gRPC addresses."""
     poll_s: float = 1.0
     """Seconds between two looks at an engine, a trainer or the queue."""
+    lease_s: float = 60.0
+    """Seconds without an answer after which a trainer or an engine loses its run to another."""
 
 
 def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
@@ -67,6 +70,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
         redis_url=flags.redis,
         engines=_addresses("--engines", flags.engines),
         trainers=_addresses("--trainers", flags.trainers),
+        lease_s=_seconds("--lease-s", flags.lease_s),
     )
 
 
@@ -99,6 +103,16 @@ def _addresses(field: str, text: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def _seconds(field: str, text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InvalidField(field, text, "seconds, more than 0, such as 60")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="keel_gateway.main",
@@ -129,7 +143,15 @@ def _parser() -> argparse.ArgumentParser:
         "--trainers",
         metavar="HOST:PORT,...",
         default=env("KEEL_TRAINERS", ""),
-        help="trainers (gRPC); each trains one run at a time [KEEL_TRAINERS]",
+        help="trainers (gRPC); each trains one run at a time. Several must share their --runs "
+        "folder: a run may move from one to another [KEEL_TRAINERS]",
+    )
+    parser.add_argument(
+        "--lease-s",
+        metavar="SECONDS",
+        default=env("KEEL_LEASE_S", "60"),
+        help="a trainer or an engine that has not answered for so long loses its run to another "
+        "that is free, if there is one [KEEL_LEASE_S, %(default)s]",
     )
     parser.add_argument(
         "--allow-remote",

@@ -2,8 +2,12 @@
 
     change    allowed while                       the record becomes
     grant     QUEUED, RUNNING wanted, no lease    trainer, engines and both tokens set
-    join      leased, RUNNING wanted, fewer       engines added under a new, higher engine token
-              engines than it asks for
+    hand_over leased, RUNNING wanted              another trainer, under new, higher tokens: the
+                                                  one before reads that its lease is over, and
+                                                  engines refuse it
+    join      leased, RUNNING wanted, fewer       engines added under a new, higher engine token;
+              engines than it asks for, or some   those that are lost leave for them
+              of them lost
     drain     not ended                           `draining` is those of its engines that operators
                                                   want empty; one taken back serves again
     leave     draining, and drained or lost, or   the engine is no longer its
@@ -16,12 +20,14 @@
               or the trainer is gone for good     or is no more
     refuse    QUEUED, leased                      FAILED: the trainer refuses its spec
 
+    trainer: not leased --grant--> leased --silent, and another free: hand_over--> not leased
     engine:  not leased --grant, join--> leased --drain--> draining --leave--> not leased
-                                            ^--drain taken back--'
+                                          | ^--drain taken back--'                 ^
+                                          '--silent, and another free: join--------'
 
-Every other phase is written by the trainer (`keel.record` draws them all). A lease ends with the
-run: whoever is in the record of a run that has not ended is leased to it. Expiry and renewal of
-leases belong here when they come.
+Every other phase is written by the trainer (`keel.record` draws them all). Whoever is in the record
+of a run that has not ended is leased to it, until the run ends or, once it is silent for the length
+of a lease (`keel_gateway.leases`), another takes its place. An answer renews its lease.
 """
 
 from __future__ import annotations
@@ -56,17 +62,35 @@ def grant(
     )
 
 
-def join(record: RunRecord, *, engines: Mapping[str, str], engine_token: int) -> RunRecord:
+def hand_over(record: RunRecord, *, trainer: str, fencing_token: int) -> RunRecord:
+    """Leases another trainer to a run whose own is silent; it goes on from the newest checkpoint.
+
+    The run keeps its engines, which now refuse whatever the trainer before still sends.
+    """
+    if not _goes_on(record) or trainer == record.trainer:
+        raise StateError(f"run {record.run!r} wants no other trainer ({_state(record)})")
+    assert fencing_token > max(record.fencing_token, record.engine_token), "tokens grow"
+    return replace(record, trainer=trainer, fencing_token=fencing_token, engine_token=fencing_token)
+
+
+def join(
+    record: RunRecord,
+    *,
+    engines: Mapping[str, str],
+    engine_token: int,
+    lost: Collection[str] = (),
+) -> RunRecord:
     """Leases more engines to a run that goes on with fewer than it asks for.
 
     What was known of them is forgotten: between two leases they may have served others.
 
     Args:
         engines: kind by address, in the order of lease.
+        lost: engines that leave for them, since nothing answers there any more.
     """
+    record = _without_engines(record, lost)
     want = record.spec.engine.engines
-    goes_on = record.trainer and not record.phase.final and record.desired is Desired.RUNNING
-    if not goes_on or len(record.engines) + len(engines) > want:
+    if not _goes_on(record) or len(record.engines) + len(engines) > want:
         raise StateError(
             f"run {record.run!r} wants no more engines "
             f"({_state(record)}, {len(record.engines)} of {want} engines)"
@@ -109,15 +133,7 @@ def leave(record: RunRecord, *, lost: Collection[str] = ()) -> RunRecord:
     if record.phase.final:
         return record
     empty = {*record.drained, *lost} if record.policy_version is not None else record.engines
-    gone = set(record.draining) & set(empty)
-    return replace(
-        record,
-        engines=_without(record.engines, gone),
-        draining=_without(record.draining, gone),
-        drained=_without(record.drained, gone),
-        proved=_cut(record.proved, gone),
-        stale=_cut(record.stale, gone),
-    )
+    return _without_engines(record, set(record.draining) & set(empty))
 
 
 def cancel(record: RunRecord, *, now_s: float) -> RunRecord:
@@ -171,6 +187,22 @@ def refuse(record: RunRecord, *, error: str, now_s: float) -> RunRecord:
     if record.phase is not Phase.QUEUED or not record.trainer:
         raise StateError(f"run {record.run!r} is its trainer's to end ({_state(record)})")
     return replace(record, phase=Phase.FAILED, error=error, finished_s=now_s)
+
+
+def _goes_on(record: RunRecord) -> bool:
+    leased = bool(record.trainer) and not record.phase.final
+    return leased and record.desired is Desired.RUNNING
+
+
+def _without_engines(record: RunRecord, gone: Collection[str]) -> RunRecord:
+    return replace(
+        record,
+        engines=_without(record.engines, gone),
+        draining=_without(record.draining, gone),
+        drained=_without(record.drained, gone),
+        proved=_cut(record.proved, gone),
+        stale=_cut(record.stale, gone),
+    )
 
 
 def _state(record: RunRecord) -> str:
