@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 SETUP_VLLM := $(VLLM_VENV)/.setup-done
 
-.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults lint format protos docs site site-serve bench-wire bench-engines bench-quantize clean
+.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults fuzz lint format protos docs site site-serve bench-wire bench-engines bench-quantize clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-browser: $(SETUP) ## look at the report in Chromium; screenshots in runs/sc
 
 faults: $(SETUP) ## random kills, stops and cut connections on a running job; prints the table (half an hour)
 	$(BIN)/python tests/faults.py
+
+fuzz: $(SETUP) ## 100,000 mutated messages to a running engine and trainer; prints the table (five minutes)
+	$(BIN)/python tests/fuzz.py
 
 lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	$(BIN)/ruff format --check .

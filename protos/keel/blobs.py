@@ -25,7 +25,7 @@ from keel.types.v1 import sequence_pb2
 
 Stream = Literal["demos", "groups"]
 
-_NAME = re.compile(r"(demos|groups)-(\d+)-(\d+)-(\d+)-([0-9a-f]{16})")
+_NAME = re.compile(r"(demos|groups)-([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,10})-([0-9a-f]{16})")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

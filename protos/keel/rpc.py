@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -21,6 +23,9 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 
 CHUNK_BYTES = 2**20
 """Size of a chunk of weights or of a flush of tokens."""
+
+READ_OUT_S = 10.0
+"""How long the rest of a refused stream of requests is read."""
 
 FINAL = frozenset(
     {
@@ -87,6 +92,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             try:
                 return await behaviour(_decoded(handler, raw, method), context)
             except Exception as error:
+                if handler.request_streaming:
+                    await _read_out(raw)
                 await _abort(context, method, error)
 
         make = (
@@ -133,6 +140,16 @@ def _decoded(handler: Any, raw: Any, method: str) -> Any:
             yield decode(data)
 
     return decoded_stream() if handler.request_streaming else decode(raw)
+
+
+async def _read_out(raw: AsyncIterator[bytes]) -> None:
+    """Takes what is left of a refused stream, for a while: a caller that is still writing when the
+    status comes may see its own failed write (INTERNAL) in place of the reason.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(READ_OUT_S):
+            async for _ in raw:
+                pass
 
 
 async def _abort(context: grpc.aio.ServicerContext, method: str, error: Exception) -> None:

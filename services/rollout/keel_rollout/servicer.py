@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keel import codec
-from keel.errors import FencedError, IntegrityError, InvalidField, KeelError, StateError
+from keel.errors import FencedError, IntegrityError, InvalidField, StateError
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.rollout.v1 import rollout_service_pb2_grpc as pb_grpc
 from keel.weights.v1 import manifest_pb2
@@ -36,9 +36,6 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext
 T = TypeVar("T")
-
-READ_OUT_S = 10.0
-"""How long the rest of a refused stream of weights is read."""
 
 
 class RolloutServicer(pb_grpc.RolloutServiceServicer):
@@ -249,17 +246,8 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
     async def UpdateWeights(
         self, request_iterator: AsyncIterator[pb.UpdateWeightsRequest], context: Context
     ) -> pb.UpdateWeightsResponse:
-        try:
-            return await self._stage(request_iterator)
-        except KeelError:
-            await _read_out(request_iterator)
-            raise
-
-    async def _stage(
-        self, requests: AsyncIterator[pb.UpdateWeightsRequest]
-    ) -> pb.UpdateWeightsResponse:
         staging: Staging | None = None
-        async for request in requests:
+        async for request in request_iterator:
             if staging is None:
                 self._holder(request)
                 staging = self._staged(request.policy_version)
@@ -321,16 +309,6 @@ class RolloutServicer(pb_grpc.RolloutServiceServicer):
         self._stale = False
         UPDATE_SECONDS.observe(time.perf_counter() - staging.began_s)
         log.info("serving version %d, fingerprint %#x", version, fingerprint)
-
-
-async def _read_out(requests: AsyncIterator[pb.UpdateWeightsRequest]) -> None:
-    """Takes what is left of a refused stream, for a while: a caller that is still writing when the
-    status comes may see its own failed write (INTERNAL) in place of the reason.
-    """
-    with suppress(TimeoutError):
-        async with asyncio.timeout(READ_OUT_S):
-            async for _ in requests:
-                pass
 
 
 async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:

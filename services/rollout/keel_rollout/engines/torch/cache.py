@@ -10,6 +10,7 @@ copies everything (80 % of a decoding step on a CPU). A row that leaves is repla
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class _Layer(DynamicLayer):
 
     def __init__(self, owner: RowCache) -> None:
         super().__init__()
-        self.owner = owner
+        # a cycle would keep a finished batch's memory until some later collection of garbage
+        self.owner: RowCache = weakref.proxy(owner)
 
     def get_seq_length(self) -> int:
         return self.owner.length
