@@ -27,7 +27,10 @@ CONSUMER_GROUP = "trainer"
 RUNS_KEY = "keel:runs"
 """Sorted set of run ids, scored by submission time in seconds."""
 FENCING_KEY = "keel:fencing"
-"""Counter of leases: INCR gives the next fencing token."""
+"""Counter of leases: INCR gives the next fencing token. Where it is missing it begins at the Unix
+time in seconds: above the tokens that engines remember of a Redis that has lost its data."""
+DEPLOYMENT_KEY = "keel:deployment"
+"""String: a random id. Gone or another, Redis is not the one that it was."""
 DRAINED_KEY = "keel:engines:drained"
 """Set of addresses of engines that operators want empty: no run is leased one."""
 

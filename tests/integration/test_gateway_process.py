@@ -18,7 +18,7 @@ import redis
 from gateway_peers import SPEC, EnginePeer, TrainerPeer, abilities, eventually, serve
 from rediskit import start_redis
 
-from keel.queue import groups_key, run_key
+from keel.queue import FENCING_KEY, groups_key, run_key
 from keel.record import pack_fields
 
 
@@ -51,8 +51,16 @@ class Gateway:
         return found[1] if found else ""
 
 
+def start_counting_redis(folder: Path) -> str:
+    """A Redis in which the first fencing token is 1."""
+    url = start_redis(folder)
+    with redis.Redis.from_url(url) as client:
+        client.set(FENCING_KEY, 0)
+    return url
+
+
 async def test_jobs_survive_a_restart_of_the_gateway(tmp_path: Path) -> None:
-    trainer, url = TrainerPeer(), start_redis(tmp_path)
+    trainer, url = TrainerPeer(), start_counting_redis(tmp_path)
     async with serve(trainer) as trainer_at, serve(EnginePeer(abilities())) as engine_at:
         gateway = Gateway(tmp_path, url, "--trainers", trainer_at, "--engines", engine_at)
         async with gateway() as client:
@@ -75,7 +83,7 @@ async def test_jobs_survive_a_restart_of_the_gateway(tmp_path: Path) -> None:
 
 
 async def test_a_trainer_that_comes_back_gets_its_run_again(tmp_path: Path) -> None:
-    url = start_redis(tmp_path)
+    url = start_counting_redis(tmp_path)
     async with serve(EnginePeer(abilities())) as engine_at:
         async with serve(TrainerPeer()) as trainer_at:
             pass  # only to find an address
@@ -97,7 +105,7 @@ async def test_a_trainer_that_comes_back_gets_its_run_again(tmp_path: Path) -> N
 
 
 async def test_a_run_of_a_trainer_that_was_taken_away_can_be_cancelled(tmp_path: Path) -> None:
-    url = start_redis(tmp_path)
+    url = start_counting_redis(tmp_path)
     async with serve(EnginePeer(abilities())) as engine_at:
         async with serve(TrainerPeer()) as gone_at:
             gateway = Gateway(tmp_path, url, "--trainers", gone_at, "--engines", engine_at)
@@ -125,7 +133,7 @@ async def test_a_run_of_a_trainer_that_was_taken_away_can_be_cancelled(tmp_path:
 
 
 async def test_a_run_moves_from_a_trainer_that_is_gone_to_one_that_is_free(tmp_path: Path) -> None:
-    url = start_redis(tmp_path)
+    url = start_counting_redis(tmp_path)
     async with serve(EnginePeer(abilities())) as engine_at, serve(TrainerPeer()) as second_at:
         pass  # only to find addresses
     async with serve(EnginePeer(abilities()), engine_at):
@@ -154,7 +162,7 @@ async def test_a_run_moves_from_a_trainer_that_is_gone_to_one_that_is_free(tmp_p
 
 
 async def test_a_run_of_a_trainer_that_was_taken_away_moves_too(tmp_path: Path) -> None:
-    url = start_redis(tmp_path)
+    url = start_counting_redis(tmp_path)
     async with serve(EnginePeer(abilities())) as engine_at, serve(second := TrainerPeer()) as at:
         async with serve(TrainerPeer()) as gone_at:
             gateway = Gateway(tmp_path, url, "--trainers", gone_at, "--engines", engine_at)
@@ -167,7 +175,7 @@ async def test_a_run_of_a_trainer_that_was_taken_away_moves_too(tmp_path: Path) 
 
 
 async def test_a_run_whose_trainer_is_gone_can_be_cancelled(tmp_path: Path) -> None:
-    url = start_redis(tmp_path)
+    url = start_counting_redis(tmp_path)
     async with serve(EnginePeer(abilities())) as engine_at, serve(TrainerPeer()) as trainer_at:
         flags = ("--trainers", trainer_at, "--engines", engine_at)
         async with Gateway(tmp_path, url, *flags)() as client:
@@ -213,7 +221,7 @@ def test_a_wrong_setting_ends_it_with_a_sentence(flags: list[str], told: str) ->
 
 
 async def test_it_stops_when_told(tmp_path: Path) -> None:
-    url = start_redis(tmp_path)
+    url = start_counting_redis(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "keel_gateway.main", "--listen", "127.0.0.1:0", "--redis", url],
         stderr=subprocess.PIPE,

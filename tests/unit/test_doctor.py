@@ -104,6 +104,16 @@ def test_an_engine_that_is_away_beside_one_that_is_not_is_a_warning(
     assert said["status"] == 0
 
 
+def test_redis_that_has_lost_its_data_is_told(
+    found: Callable[..., dict[str, Any]], healthy: Gateway, no_probe: None
+) -> None:
+    note = "Redis was restarted without its data at about 14:03 UTC: 1 job is lost"
+    healthy.answers["GET", "/readyz"] = {"status": "ok", "notes": [note]}
+    said = found()
+    assert said["gateway"]["state"] == "ok"
+    assert (said["redis data"]["state"], said["redis data"]["found"]) == ("warn", note)
+
+
 def test_no_gateway_is_no_fault(found: Callable[..., dict[str, Any]], no_probe: None) -> None:
     said = found("--url", "http://127.0.0.1:1")
     assert said["gateway"]["state"] == "warn"

@@ -27,6 +27,7 @@ class House:
     def __init__(self, url: str, *kinds: str) -> None:
         self.url, self.redis = url, redis.Redis.from_url(url)
         self.redis.flushall()
+        self.redis.set(FENCING_KEY, 0)  # the first token is 1
         self.peers = [EnginePeer(abilities(kind=kind)) for kind in kinds]
         self.trainer = TrainerPeer()
         self.engines: list[str] = []

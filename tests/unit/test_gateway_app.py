@@ -6,22 +6,17 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import redis
-from fastapi import FastAPI
+from gateway_house import POLL_S, House, the_problem
 from gateway_peers import (
     SPEC,
-    EnginePeer,
-    TrainerPeer,
-    abilities,
     eventually,
     sample_hash,
-    serve,
 )
 from prometheuskit import samples
 from redis.asyncio.client import Pipeline
@@ -31,43 +26,6 @@ from rediskit import RedisServer
 from keel.errors import InvalidField, StateError
 from keel.metrics import encode_row, evaluation_field, row_field
 from keel.queue import FENCING_KEY, RUNS_KEY, checkpoints_key, metrics_key, run_key, samples_key
-from keel.record import pack_fields
-from keel_gateway.app import create_app
-from keel_gateway.settings import Settings
-
-POLL_S = 0.05
-
-
-@dataclass
-class House:
-    """A gateway, its Redis and its peers."""
-
-    server: RedisServer
-    redis: redis.Redis
-    trainer: TrainerPeer = field(default_factory=TrainerPeer)
-    engine: EnginePeer = field(default_factory=lambda: EnginePeer(abilities()))
-    app: FastAPI | None = None
-    client: httpx.AsyncClient | None = None
-
-    async def open(self, stack: AsyncExitStack, *, peers: bool = True) -> httpx.AsyncClient:
-        """Starts peers and gateway; `peers=False` configures addresses where nobody listens."""
-        engine, trainer = "127.0.0.1:1", "127.0.0.1:2"
-        if peers:
-            engine = await stack.enter_async_context(serve(self.engine))
-            trainer = await stack.enter_async_context(serve(self.trainer))
-        self.app = create_app(
-            Settings("127.0.0.1", 0, self.server.url, (engine,), (trainer,), poll_s=POLL_S)
-        )
-        await stack.enter_async_context(self.app.router.lifespan_context(self.app))
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = await stack.enter_async_context(
-            httpx.AsyncClient(transport=transport, base_url="http://gateway")
-        )
-        return self.client
-
-    def write(self, run: str, **fields: Any) -> None:
-        """Writes as the trainer does."""
-        self.redis.hset(run_key(run), mapping=pack_fields(**fields))
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +40,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def house(server: RedisServer) -> Any:
     with redis.Redis.from_url(server.url) as client:
         client.flushall()
+        client.set(FENCING_KEY, 0)  # the first token is 1
         yield House(server, client)
+        client.config_set("maxmemory", 0)
 
 
 @pytest.fixture
 async def stack() -> AsyncIterator[AsyncExitStack]:
     async with AsyncExitStack() as opened:
         yield opened
-
-
-def the_problem(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    body: dict[str, Any] = response.json()
-    assert body["status"] == status
-    assert {"type", "title", "detail", "instance"} <= body.keys()
-    return body
 
 
 async def test_a_job_is_taken_leased_and_started(house: House, stack: AsyncExitStack) -> None:
@@ -507,7 +458,7 @@ async def test_readiness(house: House, stack: AsyncExitStack) -> None:
         assert "no trainer is healthy: 127.0.0.1:2" in detail
         assert int(response.headers["retry-after"]) > 0
     client = await house.open(stack)
-    assert (await client.get("/readyz")).json() == {"status": "ok"}
+    assert (await client.get("/readyz")).json() == {"status": "ok", "notes": []}
 
 
 async def test_openapi_describes_everything(house: House, stack: AsyncExitStack) -> None:

@@ -24,7 +24,16 @@ from keel.metrics import Row
 from keel.samples import Sample
 from keel.spec import RunSpec
 from keel_gateway.listen import Event, parse_events
-from keel_gateway.schemas import CheckpointList, Engine, EngineList, Job, JobList, Metrics, Samples
+from keel_gateway.schemas import (
+    CheckpointList,
+    Engine,
+    EngineList,
+    Job,
+    JobList,
+    Metrics,
+    Readiness,
+    Samples,
+)
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_DIR = Path("runs")
@@ -121,6 +130,10 @@ class GatewayClient:
             return str(error)
         return ""
 
+    def notes(self) -> list[str]:
+        """What a gateway that is ready has to tell its operator."""
+        return Readiness.model_validate(self._call("GET", "/readyz")).notes
+
     def clock(self) -> datetime:
         """What the gateway's clock says, to the second."""
         return parsedate_to_datetime(self._answer("GET", "/healthz").headers["date"])
@@ -151,11 +164,21 @@ class GatewayClient:
             return found[0]
         shown = [job.id for job in (found or jobs)[:5]]
         known = f"{', '.join(shown)}{', ...' if len(found or jobs) > len(shown) else ''}"
+        if not found:
+            self._raise_if_lost(text)
         if found:
             raise InvalidField("JOB", text, f"a prefix of only one of {known}; or {LATEST!r}")
         raise InvalidField(
             "JOB", text, f"{known}; or {LATEST!r}" if jobs else "nothing yet: no job"
         )
+
+    def _raise_if_lost(self, run: str) -> None:
+        """ProblemError if the gateway knows what has become of a job that is not there."""
+        try:
+            self.job(run)
+        except ProblemError as error:
+            if error.detail.startswith(f"run {run!r} is lost"):
+                raise
 
     def cancel(self, run: str) -> Job:
         """Asks for the end of a job; its phase follows when the trainer has stopped."""

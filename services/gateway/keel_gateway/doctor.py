@@ -284,6 +284,8 @@ def _answering(client: GatewayClient) -> Iterator[Check]:
         "gateway", "fail" if missing else "ok", missing or client.url, remedy if missing else ""
     )
     if not missing:
+        for note in client.notes():
+            yield Check("redis data", "warn", note, "see Operations in the docs")
         for engine in client.engines():
             found = f"{engine.address} {engine.problem or (engine.state or '').lower()}"
             state: State = "ok" if engine.healthy else "warn"

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from starlette.exceptions import HTTPException
 
 from keel.errors import InvalidField, KeelError, LimitError, NotFound, StateError
+from keel_gateway import redis_trouble
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RedisError)
     async def _redis(request: Request, error: RedisError) -> JSONResponse:
         log.warning("%s %s: Redis: %s", request.method, request.url.path, error)
-        return problem(request, 503, f"Redis does not answer ({type(error).__name__}); try again")
+        return problem(request, 503, redis_trouble.describe(error))
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> JSONResponse:

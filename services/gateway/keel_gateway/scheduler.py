@@ -31,7 +31,7 @@ from keel.fleet import EngineState
 from keel.record import Desired, Phase, RunRecord
 from keel.trainer.v1 import trainer_service_pb2 as pb
 from keel.trainer.v1 import trainer_service_pb2_grpc
-from keel_gateway import fleet_view, transitions
+from keel_gateway import fleet_view, redis_trouble, transitions
 from keel_gateway.leases import Grant, plan
 from keel_gateway.registry import MUTE, Registry, describe
 from keel_gateway.schemas import Job
@@ -57,6 +57,7 @@ class Scheduler:
         self._stopping = False
         self._wake = asyncio.Event()
         self._pass = asyncio.Lock()  # two passes at once would grant the same engine twice
+        self._stuck = ""
         self._waiting: dict[str, str] = {}
         self._trouble: dict[str, str] = {}
         self._joining_since_s: dict[tuple[str, str], float] = {}
@@ -87,7 +88,7 @@ class Scheduler:
             return silent or expected or self._engine_trouble(record)
         if paused:
             return "paused: gets no trainer and no engine until it is resumed"
-        return self._waiting.get(record.run, "waits for the scheduler's next pass")
+        return self._stuck or self._waiting.get(record.run, "waits for the scheduler's next pass")
 
     def _silent_trainer(self, record: RunRecord) -> str:
         trouble = self._trouble.get(record.run, "")
@@ -133,7 +134,11 @@ class Scheduler:
             self._wake.clear()
             try:
                 await self._look_after(await self.grant_leases())
-            except Exception as error:  # Redis away, say: the next pass may succeed
+                self._stuck = ""
+            except RedisError as error:  # the next pass may succeed
+                self._stuck = redis_trouble.describe(error)
+                log.warning("a pass failed: %s", self._stuck)
+            except Exception as error:
                 log.warning("a pass failed: %s: %s", type(error).__name__, error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_s):
@@ -142,6 +147,7 @@ class Scheduler:
     async def grant_leases(self) -> list[RunRecord]:
         """Gives what is free to the runs that wait; returns every run that holds a lease now."""
         async with self._pass:
+            await self._store.check()
             drained = await self._store.drained_engines()
             unfinished = await self._store.unfinished()
             records = [await self._empty(record, drained) for record in unfinished]

@@ -203,5 +203,13 @@ class Health(_Answer):
     """Always "ok"; what is not, is a problem."""
 
 
+class Readiness(Health):
+    """A job could run now."""
+
+    notes: list[str] = []
+    """What has happened since the gateway began and its operator should know: that Redis has lost
+    its data, say."""
+
+
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

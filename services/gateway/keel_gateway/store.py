@@ -19,7 +19,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import WatchError
 
 from keel.checkpoints import CheckpointInfo, decode_checkpoints
-from keel.errors import NotFound, WireError
+from keel.errors import WireError
 from keel.metrics import Row, evaluation_field, fields_after, merge_rows, row_field, whole
 from keel.queue import (
     DRAINED_KEY,
@@ -35,6 +35,7 @@ from keel.queue import (
 from keel.record import Phase, RunRecord, pack_fields
 from keel.samples import Sample, fields_by_step, parse_samples
 from keel.spec import RunSpec
+from keel_gateway.continuity import Continuity
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ GATEWAY_FIELDS = (
     *("error", "engine_kinds", "draining", "drained", "proved", "stale"),
 )
 """Fields of a record that a transition may change."""
+PROBE_KEY = "keel:probe"
+"""Written to see whether Redis takes writes; expires at once."""
 STEPS_PER_READ = 256
 MOST_CONNECTIONS = 32
 """To Redis, at once."""
@@ -72,11 +75,22 @@ class Store:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
+        self._continuity = Continuity(redis)
+        self._last_token = 0
         self._ended: dict[str, Phase] = {}  # such a phase stays: these need no more reading
 
-    async def ping(self) -> None:
-        """Returns if Redis answers."""
-        await self._redis.ping()
+    async def probe(self) -> None:
+        """Returns if Redis answers and takes writes."""
+        await self._redis.set(PROBE_KEY, b"", px=1000)
+
+    async def check(self) -> None:
+        """Looks whether Redis has lost what it held; `losses` then says so."""
+        await self._continuity.check()
+
+    @property
+    def losses(self) -> list[str]:
+        """A sentence for each time that Redis has lost its data since the gateway began."""
+        return self._continuity.notes
 
     async def create(self, spec: RunSpec) -> RunRecord:
         """Writes the record of a new run, QUEUED, under an id that no other run has."""
@@ -96,11 +110,12 @@ class Store:
                     await pipe.execute()
                 except WatchError:
                     continue
+                self._continuity.saw_records([record])
                 return record
 
     async def get(self, run: str) -> RunRecord:
         """The record of `run`, or NotFound."""
-        return _record(run, await _hgetall(self._redis, run))
+        return await self._record(run, await _hgetall(self._redis, run))
 
     async def newest(self, limit: int) -> list[RunRecord]:
         """At most `limit` records, the last submitted first; unreadable ones are left out."""
@@ -110,6 +125,10 @@ class Store:
         """Every run that has not ended, in the order of submission."""
         runs = await self._runs(0, -1)
         records = await self._readable([run for run in runs if run not in self._ended])
+        self._continuity.saw(runs)
+        self._continuity.saw_records(records)
+        there = set(runs)
+        self._ended = {run: phase for run, phase in self._ended.items() if run in there}
         self._ended |= {record.run: record.phase for record in records if record.phase.final}
         return [record for record in records if not record.phase.final]
 
@@ -119,7 +138,11 @@ class Store:
 
     async def next_fencing_token(self) -> int:
         """A token greater than any given before."""
-        return int(await self._redis.incr(FENCING_KEY))
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(FENCING_KEY, max(int(time.time()), self._last_token), nx=True)
+            pipe.incr(FENCING_KEY)
+            self._last_token = int((await pipe.execute())[1])
+        return self._last_token
 
     async def drained_engines(self) -> frozenset[str]:
         """Addresses of the engines that operators want empty."""
@@ -138,7 +161,7 @@ class Store:
         async with self._redis.pipeline(transaction=True) as pipe:
             while True:
                 await pipe.watch(run_key(run))
-                before = _record(run, await _hgetall(pipe, run))
+                before = await self._record(run, await _hgetall(pipe, run))
                 after = transition(before)
                 changed = {
                     name: getattr(after, name)
@@ -277,10 +300,21 @@ class Store:
         records = []
         for run, raw in zip(runs, hashes, strict=True):
             try:
-                records.append(_record(run, raw))
-            except (WireError, NotFound) as error:
+                if b"spec" in raw:
+                    records.append(RunRecord.from_hash(run, raw))
+                else:
+                    log.warning("left out: %s is listed and has no record", run)
+            except WireError as error:
                 log.warning("left out: %s", error)
         return records
+
+    async def _record(self, run: str, raw: dict[bytes, bytes]) -> RunRecord:
+        if b"spec" not in raw:  # what a service still writes of a lost run makes no record
+            await self.check()
+            raise self._continuity.missing(run)
+        record = RunRecord.from_hash(run, raw)
+        self._continuity.saw_records([record])
+        return record
 
 
 def _new_record(spec: RunSpec) -> RunRecord:
@@ -290,9 +324,3 @@ def _new_record(spec: RunSpec) -> RunRecord:
 
 async def _hgetall(redis: Any, run: str) -> dict[bytes, bytes]:
     return await redis.hgetall(run_key(run))
-
-
-def _record(run: str, raw: dict[bytes, bytes]) -> RunRecord:
-    if not raw:
-        raise NotFound(f"no run {run!r}; GET /v1/jobs lists them")
-    return RunRecord.from_hash(run, raw)

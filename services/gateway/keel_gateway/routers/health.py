@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from fastapi import APIRouter
 from redis.exceptions import RedisError
 
+from keel_gateway import redis_trouble
 from keel_gateway.problems import NotReady, responses
 from keel_gateway.registry import Peer
 from keel_gateway.routers.dependencies import RegistryDep, StoreDep
-from keel_gateway.schemas import Health
+from keel_gateway.schemas import Health, Readiness
 
 router = APIRouter(tags=["health"])
 
@@ -22,16 +23,18 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", summary="Could a job run now?", responses=responses(503))
-async def readyz(registry: RegistryDep, store: StoreDep) -> Health:
-    """Ready with Redis and a healthy trainer and engine; else 503 with all that is missing."""
+async def readyz(registry: RegistryDep, store: StoreDep) -> Readiness:
+    """Ready with a Redis that takes writes, a healthy trainer and engine; else 503 with all that is
+    missing. `notes` says what its operator should know all the same.
+    """
     missing = [_missing("engine", registry.engines), _missing("trainer", registry.trainers)]
     try:
-        await store.ping()
+        await store.probe()
     except RedisError as error:
-        missing.insert(0, f"Redis does not answer ({type(error).__name__})")
+        missing.insert(0, redis_trouble.describe(error))
     if any(missing):
         raise NotReady("; ".join(filter(None, missing)))
-    return Health()
+    return Readiness(notes=store.losses)
 
 
 def _missing(noun: str, peers: Mapping[str, Peer]) -> str:
