@@ -98,6 +98,9 @@ class RunRecord:
     """Why it FAILED."""
     collector_error: str = ""
     """Writer: collector. Why it cannot go on; the trainer then fails the run."""
+    queue_full: str = ""
+    """Writer: collector. Why it holds back the next group, with the numbers; the trainer then
+    checkpoints and acknowledges what it can. Empty when it goes on."""
 
     def to_hash(self) -> dict[str, str]:
         """Every field, for the first writing of a record."""
@@ -161,6 +164,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "model": str,
     "error": str,
     "collector_error": str,
+    "queue_full": str,
 }
 
 

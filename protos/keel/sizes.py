@@ -66,6 +66,7 @@ def parse_bytes(text: str, field: str) -> int:
 
 def show_bytes(size: float) -> str:
     """A size in the largest unit that keeps it at 1 or more, three digits: "8.59 GB"."""
+    size = float(f"{size:.3g}")
     for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "k")):
         if size >= 1000**power:
             number = size / 1000**power

@@ -9,11 +9,13 @@ import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import grpc
 import numpy as np
 import pytest
 import redis
+import redis.asyncio
 from collector_peers import (
     ScriptedEngine,
     envelopes,
@@ -24,15 +26,19 @@ from collector_peers import (
     without_times,
     write_run,
 )
+from redis.asyncio.client import Pipeline
 from rediskit import RedisServer
 
 from keel.codec import fill, to_ndarray, xxh3
 from keel.queue import demos_key, metrics_key, run_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector import produce
+from keel_rollout.collector import produce, room
 from keel_rollout.collector.follow import Follower
+from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.main import connect
+from keel_rollout.collector.redis_memory import MemoryLevel, RedisMemory
+from keel_rollout.collector.room import DEFAULT_QUEUE, Packed, QueueSettings, Room
 from keel_rollout.collector.streams import SlotStream
 from keel_rollout.collector.verify import VerifierPool
 
@@ -82,6 +88,12 @@ async def until(holds: Callable[[], object], seconds: float = 15) -> None:
     async with asyncio.timeout(seconds):
         while not holds():
             await asyncio.sleep(0.02)
+
+
+def make_stream(client: redis.asyncio.Redis, settings: QueueSettings = DEFAULT_QUEUE) -> SlotStream:
+    """The stream of groups of run "r"."""
+    room = Room(client, "r", settings, RedisMemory(client), Holds(client, "r", ""))
+    return SlotStream(client, "groups", "r", room)
 
 
 def error_of(client: redis.Redis) -> str:
@@ -375,8 +387,15 @@ async def test_a_stream_dropped_by_the_trainer_is_not_made_again(
 
 
 async def test_after_a_cut_the_stream_is_read_once_for_all_that_wait(
-    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # the cut is seen by the additions, not by what is read before them
+    monkeypatch.setattr(room, "_FRESH_S", 60)
+    monkeypatch.setattr(RedisMemory, "read", AsyncMock(return_value=MemoryLevel(0, 0)))
     engine.go.clear()
     write_run(client, make_spec(), artifact, engine.address, policy_version=0)
     async with collector(server.url):
@@ -683,24 +702,24 @@ async def test_a_cancelled_add_leaves_the_stream_in_doubt(
     """Its entry may be there: the next add of the slot looks before it adds."""
     write_run(client, make_spec(), artifact, "")
     connection = connect(server.url)
-    stream = SlotStream(connection, "keel:groups:r", "r")
+    stream = make_stream(connection)
     envelope = sequence_pb2.Envelope(
         id=sequence_pb2.SlotId(run="r", lap=0, slot=3), void=sequence_pb2.VoidSlot(reason="x")
     )
     await stream.added()
-    adding = connection.xadd
+    execute = Pipeline.execute
 
-    async def late(*arguments: object, **options: object) -> object:
-        reply = await adding(*arguments, **options)  # type: ignore[arg-type]
+    async def late(self: Pipeline, *arguments: object) -> object:
+        await execute(self, *arguments)  # type: ignore[arg-type]
         await asyncio.sleep(3600)
-        return reply
 
-    connection.xadd = late  # type: ignore[method-assign, assignment]
-    cancelled = asyncio.create_task(stream.add(envelope))
-    await until(lambda: client.xlen("keel:groups:r") == 1)
-    cancelled.cancel()
-    await asyncio.wait({cancelled})
-    connection.xadd = adding  # type: ignore[method-assign]
-    await stream.add(envelope)
+    with pytest.MonkeyPatch.context() as patch:
+        cancelled = asyncio.create_task(stream.add(Packed.of(envelope)))
+        patch.setattr(Pipeline, "execute", late)
+        await until(lambda: client.xlen("keel:groups:r") == 1)
+        cancelled.cancel()
+        await asyncio.wait({cancelled})
+    await stream.add(Packed.of(envelope))
     await connection.aclose()
     assert client.xlen("keel:groups:r") == 1
+    assert client.hgetall("keel:groups:r:bytes") == {b"0/0/3": b"%d" % envelope.ByteSize()}

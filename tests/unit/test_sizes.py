@@ -112,4 +112,5 @@ def test_what_is_no_size_is_refused_by_name(text: str) -> None:
 
 def test_sizes_are_shown_with_three_digits() -> None:
     shown = [show_bytes(size) for size in (999, 8 * 2**30, 52_990_050_304, 411_041_792, 12_345)]
+    assert [show_bytes(size) for size in (99_970, 999_600)] == ["100 kB", "1.00 MB"]
     assert shown == ["999 bytes", "8.59 GB", "53.0 GB", "411 MB", "12.3 kB"]

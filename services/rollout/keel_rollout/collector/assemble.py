@@ -57,29 +57,34 @@ async def judge(
 
 def group_envelope(
     slot: Slot,
-    responses: Sequence[Response],
+    responses: list[Response],
     judgements: Sequence[Judgement],
     sampling: sequence_pb2.SamplingParams,
     *,
     generate_s: float,
     engine: str,
 ) -> sequence_pb2.Envelope:
-    """The slot's group, or VOID if fewer than two of its sequences are valid."""
+    """The slot's group, or VOID if fewer than two of its sequences are valid.
+
+    Empties `responses`: each is let go of once the envelope has its bytes.
+    """
     faults = [judgement.fault for judgement in judgements if judgement.fault]
     valid = len(responses) - len(faults)
     if valid < LEAST_VALID:
-        return void_envelope(
-            slot,
+        reason = (
             f"{valid} of {len(responses)} responses are valid, {LEAST_VALID} needed; the first "
-            f"fault: {faults[0]}",
+            f"fault: {faults[0]}"
         )
+        responses.clear()
+        return void_envelope(slot, reason)
     envelope = sequence_pb2.Envelope(id=slot.id)
     envelope.group.generate_s, envelope.group.engine = generate_s, engine
-    for sample, (response, judgement) in enumerate(zip(responses, judgements, strict=True)):
+    for sample, judgement in enumerate(judgements):
         sequence = envelope.group.sequences.add(sampling=sampling)
         sequence.id.slot.CopyFrom(slot.id)
         sequence.id.sample = sample
-        _fill(sequence, slot, response, judgement)
+        _fill(sequence, slot, responses.pop(0), judgement)
+    assert not responses, "a judgement for each"
     return envelope
 
 

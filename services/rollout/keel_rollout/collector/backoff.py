@@ -58,7 +58,7 @@ def passes(error: Exception) -> bool:
     """An operation on Redis failed for a reason that goes away by itself or by an operator."""
     # MISCONF: it cannot write its files, the disk being full, say; redis-py has no class for that
     return isinstance(error, _TROUBLE) or (
-        isinstance(error, redis.exceptions.ResponseError) and str(error).startswith("MISCONF")
+        isinstance(error, redis.exceptions.ResponseError) and "MISCONF" in str(error)
     )
 
 

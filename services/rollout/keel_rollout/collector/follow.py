@@ -12,6 +12,9 @@ from keel.errors import WireError
 from keel.queue import RUNS_KEY, run_key
 from keel.record import Desired, RunRecord
 from keel_rollout.collector.backoff import insist
+from keel_rollout.collector.holds import Holds
+from keel_rollout.collector.redis_memory import RedisMemory
+from keel_rollout.collector.room import DEFAULT_QUEUE, QueueSettings, Room
 from keel_rollout.collector.run import collect
 from keel_rollout.collector.telemetry import RUNS
 from keel_rollout.collector.verify import VerifierPool
@@ -32,8 +35,14 @@ class Follower:
         await Follower(client, pool).follow()  # until cancelled
     """
 
-    def __init__(self, client: redis.asyncio.Redis, pool: VerifierPool) -> None:
-        self._redis, self._pool = client, pool
+    def __init__(
+        self,
+        client: redis.asyncio.Redis,
+        pool: VerifierPool,
+        settings: QueueSettings = DEFAULT_QUEUE,
+    ) -> None:
+        self._redis, self._pool, self._settings = client, pool, settings
+        self._memory = RedisMemory(client)
         self._raw: dict[str, RawRecord] = {}
         self._watched: dict[str, Watched] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -89,7 +98,11 @@ class Follower:
             log.info("run %s (%s): followed", run, record.spec.name)
             watched = self._watched[run] = Watched(record)
             RUNS.set(len(self._watched))
-            self._tasks[run] = asyncio.create_task(collect(watched, self._redis, self._pool))
+            work = collect(watched, self._redis, self._pool, self._room)
+            self._tasks[run] = asyncio.create_task(work)
+
+    def _room(self, run: str, holds: Holds) -> Room:
+        return Room(self._redis, run, self._settings, self._memory, holds)
 
     def _drop(self, run: str, why: str) -> None:
         if self._watched.pop(run, None) is not None:

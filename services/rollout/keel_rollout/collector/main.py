@@ -8,16 +8,19 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from keel.blobs import BlobStore
 from keel.errors import InvalidField
+from keel.sizes import parse_bytes
 from keel.spec import is_custom_verifier
 from keel.telemetry import FLAG, HELP, serve_metrics
 from keel_rollout.collector.follow import Follower
+from keel_rollout.collector.room import QueueSettings
 from keel_rollout.collector.verify import VerifierPool
 
 log = logging.getLogger(__name__)
@@ -46,11 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InvalidField as error:
         _parser().error(str(error))
     asyncio.run(
-        serve(options.redis, verifier_workers=options.verifier_workers, verifiers=options.verifiers)
+        serve(
+            options.redis,
+            verifier_workers=options.verifier_workers,
+            verifiers=options.verifiers,
+            queue=QueueSettings(options.queue_bytes, options.inline_limit, options.blobs),
+        )
     )
 
 
-async def serve(redis_url: str, *, verifier_workers: int, verifiers: Sequence[str]) -> None:
+async def serve(
+    redis_url: str, *, verifier_workers: int, verifiers: Sequence[str], queue: QueueSettings
+) -> None:
     """Follows the runs until SIGTERM or SIGINT; then drops what is under way and returns."""
     following = asyncio.current_task()
     assert following is not None
@@ -61,7 +71,7 @@ async def serve(redis_url: str, *, verifier_workers: int, verifiers: Sequence[st
     log.info("following the runs in Redis, %d verifier workers", verifier_workers)
     try:
         with contextlib.suppress(asyncio.CancelledError):
-            await Follower(client, pool).follow()
+            await Follower(client, pool, queue).follow()
     finally:
         await pool.close()
         await client.aclose()
@@ -102,6 +112,32 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that judge responses [KEEL_VERIFIER_WORKERS] (now: %(default)s)",
     )
     parser.add_argument(
+        "--blobs",
+        metavar="FOLDER",
+        type=_blobs,
+        default=os.environ.get("KEEL_BLOBS", ""),
+        help="where envelopes above --inline-limit go: a folder, or a URL that fsspec opens; the "
+        "trainer reads them there and needs the same [KEEL_BLOBS] (now: %(default)s)",
+    )
+    parser.add_argument(
+        "--inline-limit",
+        metavar="BYTES",
+        type=_size("--inline-limit"),
+        default=os.environ.get("KEEL_INLINE_LIMIT", "1MiB"),
+        help="largest envelope that goes through Redis itself, where there is a blob store "
+        "[KEEL_INLINE_LIMIT] (now: %(default)s)",
+    )
+    parser.add_argument(
+        "--queue-bytes",
+        metavar="BYTES",
+        type=_size("--queue-bytes"),
+        default=os.environ.get("KEEL_QUEUE_BYTES", "8GiB"),
+        help="bytes of a run that may be in flight from here to the trainer, such as 500MB or "
+        "2GiB; above it the next lap waits for a checkpoint, and a job whose laps could be larger "
+        "fails "
+        "[KEEL_QUEUE_BYTES] (now: %(default)s)",
+    )
+    parser.add_argument(
         FLAG,
         metavar="HOST:PORT",
         default=os.environ.get("KEEL_COLLECTOR_METRICS", ""),
@@ -129,6 +165,25 @@ def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: 1 and above")
     return int(text)
+
+
+def _size(flag: str) -> Callable[[str], int]:
+    def size(text: str) -> int:
+        try:
+            return parse_bytes(text, flag)
+        except InvalidField as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not valid; valid: {error.valid}"
+            ) from None
+
+    return size
+
+
+def _blobs(root: str) -> BlobStore | None:
+    try:
+        return BlobStore(root) if root.strip() else None
+    except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
+        raise argparse.ArgumentTypeError(f"{root!r} is not valid: {error}") from error
 
 
 def _verifiers(text: str) -> list[str]:

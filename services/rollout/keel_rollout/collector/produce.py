@@ -10,16 +10,18 @@ import numpy.typing as npt
 import redis.asyncio
 
 from keel import metrics
-from keel.queue import SlotKey, demos_key, groups_key, metrics_key, run_key
+from keel.queue import SlotKey, metrics_key, run_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.spec import COHORT_SEQUENCES, RunSpec
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.assemble import group_envelope, judge, void_envelope
 from keel_rollout.collector.backoff import insist
+from keel_rollout.collector.bounds import check_lap_bytes
 from keel_rollout.collector.data import Evaluated, RunData
 from keel_rollout.collector.engine_client import EngineModel
 from keel_rollout.collector.plan import Cohort, Plan, Slot
 from keel_rollout.collector.responses import Response
+from keel_rollout.collector.room import Packed, Room
 from keel_rollout.collector.sender import Sender
 from keel_rollout.collector.streams import SlotStream
 from keel_rollout.collector.telemetry import EVALUATIONS, SLOTS
@@ -48,12 +50,15 @@ class Producer:
         plan: Plan,
         text: TextCodec,
         sender: Sender,
+        room: Room,
         pool: VerifierPool,
     ) -> None:
         self._run, self._spec, self._redis, self._data = run, spec, client, data
         self._plan, self._text, self._sender, self._pool = plan, text, sender, pool
-        self._groups = SlotStream(client, groups_key(run), run)
-        self._demos = SlotStream(client, demos_key(run), run)
+        self._room = room
+        self._groups = SlotStream(client, "groups", run, room)
+        self._demos = SlotStream(client, "demos", run, room)
+        self._checked = False
 
     async def demonstrate(self, attempt: int) -> None:
         """Adds a batch of demonstrations for every supervised step that has none yet."""
@@ -67,8 +72,17 @@ class Producer:
         for step in range(first, self._spec.cold_start.steps):
             while await self._demos.length() >= DEMONSTRATIONS_OUTSTANDING:
                 await asyncio.sleep(_ROOM_POLL_S)
-            await self._demos.add(self._plan.demonstrations(attempt, step))
+            await self._demos.add(Packed.of(self._plan.demonstrations(attempt, step)))
         log.info("run %s: demonstrations are out, from step %d on", self._run, first)
+
+    async def check_laps(self) -> None:
+        """InvalidField if a lap could be more than may be in flight: it could not be held."""
+        if not self._checked:
+            model = await self._sender.model()
+            slots = self._plan.lap_slots(0, 0)
+            prompt_tokens = max(len(slot.prompt_ids_P) for slot in slots)
+            check_lap_bytes(self._spec, model, prompt_tokens, self._room.settings)
+            self._checked = True
 
     async def evaluate(self, attempt: int, version: int) -> None:
         """Rewards of a version on every evaluation set, once, if they are due."""
@@ -135,7 +149,7 @@ class Producer:
         fitting: list[Slot] = []
         for slot in self._plan.lap_slots(attempt, lap):
             if reason := _too_long(slot, model, max_tokens):
-                await self._add(void_envelope(slot, reason))
+                await self._add(Packed.of(void_envelope(slot, reason)))
             else:
                 fitting.append(slot)
         sampling = self._sampling(self._spec.rollout.temperature, max_tokens)
@@ -148,11 +162,13 @@ class Producer:
             judgements = await judge(
                 self._pool, self._spec.task.verifiers, slot.problem, responses, self._text
             )
-            await self._add(
-                group_envelope(
-                    slot, responses, judgements, sampling, generate_s=generate_s, engine=engine
-                )
+            # from here on to `_add` nothing else runs: one group at a time is there twice
+            envelope = group_envelope(
+                slot, responses, judgements, sampling, generate_s=generate_s, engine=engine
             )
+            packed = Packed.of(envelope)
+            del envelope
+            await self._add(packed)
 
         await self._sender.send(
             [
@@ -168,9 +184,9 @@ class Producer:
         )
         log.info("run %s: lap %d is out, %d slots", self._run, lap, self._spec.slots_per_lap)
 
-    async def _add(self, envelope: sequence_pb2.Envelope) -> None:
-        await self._groups.add(envelope)
-        SLOTS.labels(envelope.WhichOneof("payload")).inc()
+    async def _add(self, packed: Packed) -> None:
+        await self._groups.add(packed)
+        SLOTS.labels(packed.kind).inc()
 
     def _sampling(
         self, temperature: float, max_tokens: int, *, top_p: float = 1.0

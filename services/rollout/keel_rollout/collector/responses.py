@@ -125,6 +125,7 @@ class GroupReader:
         routes_TLK, fault = None, ""
         if self._with_routes:
             routes_TLK, fault = self._routes(parts.routes, complete, len(ids_R))
+            parts.routes.clear()
         if not np.isfinite(logprobs_R).all():
             fault = "a rollout log-prob is not finite"
         elif logprobs_R.max() > POSITIVE_LOGPROB:
@@ -155,31 +156,41 @@ class GroupReader:
         )
 
     def _routes(
-        self, tensors: Sequence[tensor_pb2.Tensor], complete: pb.SequenceComplete, tokens: int
+        self, tensors: list[tensor_pb2.Tensor], complete: pb.SequenceComplete, tokens: int
     ) -> tuple[npt.NDArray | None, str]:
-        """The routes, or None and what is wrong with them."""
+        """The routes, or None and what is wrong with them. Takes the tensors out as it goes."""
         rows = self._prompt_tokens + tokens - 1
         layers, top_k = len(self._signature.moe_layers), self._signature.experts_per_token
         experts = self._signature.num_experts
         if not complete.routes_valid:
             return None, "the engine does not vouch for its routes"
-        dtype = codec.routes_dtype(experts).name
-        try:
-            chunks = [
-                codec.to_ndarray(t, "chunk.routes", dtypes=(dtype,), shape=(None, layers, top_k))
-                for t in tensors
-            ]
-        except WireError as error:
-            return None, f"invalid routes: {error}"
-        sent = sum(len(chunk) for chunk in chunks)
+        sent = sum(tensor.shape[0] if tensor.shape else 0 for tensor in tensors)
         if sent != rows or complete.route_rows != rows:
             return None, f"invalid routes: {sent} rows sent, {complete.route_rows} said, {rows} due"
-        routes_TLK = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        dtype = codec.routes_dtype(experts)
+        routes_TLK = np.empty((rows, layers, top_k), dtype)
+        begin, fault = 0, ""
+        while tensors:
+            tensor = tensors.pop(0)
+            try:
+                chunk_TLK = codec.to_ndarray(
+                    tensor, "chunk.routes", dtypes=(dtype.name,), shape=(None, layers, top_k)
+                )
+            except WireError as error:
+                return None, f"invalid routes: {error}"
+            routes_TLK[begin : begin + len(chunk_TLK)] = chunk_TLK
+            begin += len(chunk_TLK)
+            fault = fault or _misrouted(chunk_TLK, experts)
         if codec.xxh3(routes_TLK) != complete.routes_xxh3:
             return None, "invalid routes: they differ from the engine's checksum"
-        if int(routes_TLK.max()) >= experts:
-            return None, f"invalid routes: expert {routes_TLK.max()} of {experts}"
-        ordered_TLK = np.sort(routes_TLK, axis=-1)
-        if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
-            return None, "invalid routes: an expert is repeated in a row"
-        return routes_TLK, ""
+        return (None, fault) if fault else (routes_TLK, "")
+
+
+def _misrouted(routes_TLK: npt.NDArray, experts: int) -> str:
+    """What is wrong with the experts of some rows, if anything."""
+    if int(routes_TLK.max(initial=0)) >= experts:
+        return f"invalid routes: expert {routes_TLK.max()} of {experts}"
+    ordered_TLK = np.sort(routes_TLK, axis=-1)
+    if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
+        return "invalid routes: an expert is repeated in a row"
+    return ""

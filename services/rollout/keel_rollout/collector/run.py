@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import redis.asyncio
@@ -23,8 +24,10 @@ from keel.spec import RunSpec, VerifierSpec
 from keel_rollout.collector.backoff import insist
 from keel_rollout.collector.data import RunData
 from keel_rollout.collector.fleet import Fleet
+from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.plan import Plan
 from keel_rollout.collector.produce import Producer
+from keel_rollout.collector.room import Room
 from keel_rollout.collector.sender import Sender, together
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
@@ -33,13 +36,22 @@ from keel_rollout.collector.watched import Watched
 log = logging.getLogger(__name__)
 
 
-async def collect(watched: Watched, client: redis.asyncio.Redis, pool: VerifierPool) -> None:
+MakeRoom = Callable[[str, Holds], Room]
+"""Room of a run, from its id and what holds it back."""
+
+
+async def collect(
+    watched: Watched, client: redis.asyncio.Redis, pool: VerifierPool, make_room: MakeRoom
+) -> None:
     """Does the run's work until cancelled. An error that no retry mends goes into its record."""
     run = watched.record.run
     fleet = Fleet(watched, client)
+    holds = Holds(client, run, watched.record.queue_full)
+    room = make_room(run, holds)
     try:
         await watched.until(lambda record: not record.collector_error)
-        await together([fleet.follow(), _work(watched, client, pool, Sender(fleet))])
+        work = _work(watched, client, pool, Sender(fleet), room)
+        await together([fleet.follow(), holds.follow(), room.follow(), work])
     except Exception as error:
         if isinstance(error, KeelError):
             message = str(error)
@@ -51,10 +63,15 @@ async def collect(watched: Watched, client: redis.asyncio.Redis, pool: VerifierP
         await insist(f"run {run}", lambda: client.hset(run_key(run), mapping=field))  # type: ignore[arg-type]
     finally:
         await fleet.close()
+        await holds.end()
 
 
 async def _work(
-    watched: Watched, client: redis.asyncio.Redis, pool: VerifierPool, sender: Sender
+    watched: Watched,
+    client: redis.asyncio.Redis,
+    pool: VerifierPool,
+    sender: Sender,
+    room: Room,
 ) -> None:
     record = await watched.until(lambda record: bool(record.trainer or record.artifact))
     run, spec = record.run, record.spec
@@ -75,6 +92,7 @@ async def _work(
             plan=Plan(run, spec, data, text),
             text=text,
             sender=sender,
+            room=room,
             pool=pool,
         )
         await _follow(watched, producer)
@@ -103,8 +121,11 @@ async def _produce(producer: Producer, record: RunRecord) -> None:
     if record.policy_version is None:
         await producer.demonstrate(record.attempt)
         return
+    sampling = record.policy_version < record.spec.laps
+    if sampling:
+        await producer.check_laps()
     await producer.evaluate(record.attempt, record.policy_version)
-    if record.policy_version < record.spec.laps:
+    if sampling:
         await producer.produce_lap(record.attempt, record.policy_version)
 
 

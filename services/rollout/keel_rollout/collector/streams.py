@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import redis.asyncio
 
+from keel.blobs import Stream
 from keel.errors import WireError
-from keel.queue import SlotKey, pack, slot_of
-from keel.types.v1 import sequence_pb2
+from keel.queue import SlotKey, bytes_key, demos_key, groups_key, slot_of
 from keel_rollout.collector.backoff import REDIS_TIMEOUT_S, Backoff, insist, passes
+from keel_rollout.collector.room import Packed, Room
 
 log = logging.getLogger(__name__)
 
-_PAGE = 32
+_PAGE, _PAGE_BYTES = 32, 32 * 2**20
+"""Most entries read at once, and about the most bytes."""
 _AT_ONCE = 8
 """Entries being added: Redis syncs those that come together to disk together."""
 
@@ -22,13 +25,14 @@ _AT_ONCE = 8
 class SlotStream:
     """One stream of one run. There is one producer, so what it has added needs no second look.
 
-    After a start, and after an XADD that was cancelled or whose reply was lost, the stream is read
-    to see what is there. The trainer makes the stream and, when the run is over, deletes it: an
-    XADD never makes it anew.
+    After a start, and after an addition that was cancelled or whose reply was lost, the stream is
+    read to see what is there. The trainer makes the stream and, when the run is over, deletes it:
+    an addition never makes it anew.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, key: str, run: str) -> None:
-        self._redis, self._key, self._run = client, key, run
+    def __init__(self, client: redis.asyncio.Redis, name: Stream, run: str, room: Room) -> None:
+        self._redis, self._name, self._room = client, name, room
+        self._key = (groups_key if name == "groups" else demos_key)(run)
         self._added: set[SlotKey] = set()
         self._in_doubt = True
         """The stream may hold more than `_added`."""
@@ -47,28 +51,39 @@ class SlotStream:
                     raise
         return self._added
 
-    async def add(self, envelope: sequence_pb2.Envelope) -> None:
-        """Adds the envelope unless its slot is there; waits while Redis or the stream is away."""
-        key = SlotKey.of(envelope.id)
-        fields = pack(envelope)
+    async def add(self, packed: Packed) -> None:
+        """Adds the envelope unless its slot is there; waits for room, for Redis, for the stream."""
         backoff = Backoff(f"stream {self._key}")
-        while key not in await self.added():
-            try:
-                async with self._adding, asyncio.timeout(REDIS_TIMEOUT_S):
-                    entry = await self._redis.xadd(self._key, fields, nomkstream=True)  # type: ignore[arg-type]
-            except asyncio.CancelledError:
-                self._in_doubt = True  # it may have arrived
+        while packed.slot not in await self.added():
+            async with self._adding, self._room.entry(self._name, packed) as fields:
+                trouble = await self._try(packed, fields)
+            if not trouble:
+                self._added.add(packed.slot)
+                return
+            await backoff.wait(trouble)
+
+    async def _try(self, packed: Packed, fields: dict[bytes, bytes]) -> str:
+        """Adds the entry and its bytes in one transaction; says what was in the way."""
+        slot, hash = str(packed.slot), bytes_key(self._key)
+        try:
+            async with (
+                asyncio.timeout(REDIS_TIMEOUT_S),
+                self._redis.pipeline(transaction=True) as pipe,
+            ):
+                pipe.hset(hash, slot, str(packed.size))
+                pipe.xadd(self._key, fields, nomkstream=True)  # type: ignore[arg-type]
+                _, entry = await pipe.execute()
+                if entry is None:
+                    await self._redis.hdel(hash, slot)
+        except asyncio.CancelledError:
+            self._in_doubt = True  # it may have arrived
+            raise
+        except Exception as error:
+            if not passes(error):
                 raise
-            except Exception as error:
-                if not passes(error):
-                    raise
-                self._in_doubt = True  # it may have arrived
-                await backoff.wait(f"{type(error).__name__}: {error}")
-            else:
-                if entry is not None:
-                    self._added.add(key)
-                    return
-                await backoff.wait("it is gone, as when the run is over")
+            self._in_doubt = True  # it may have arrived
+            return f"{type(error).__name__}: {error}"
+        return "" if entry is not None else "it is gone, as when the run is over"
 
     async def forget_before(self, attempt: int, lap: int) -> None:
         """Drops what is known of earlier laps; their entries may be gone."""
@@ -80,8 +95,9 @@ class SlotStream:
 
     async def _read(self) -> set[SlotKey]:
         found: set[SlotKey] = set()
-        begin = "-"
-        while entries := await self._page(begin):
+        largest = await self._room.largest(self._name)
+        begin, count = "-", max(1, min(_PAGE, _PAGE_BYTES // max(1, largest)))
+        while entries := await self._page(begin, count):
             for entry_id, fields in entries:
                 try:
                     found.add(slot_of(fields))
@@ -90,8 +106,8 @@ class SlotStream:
             begin = f"({entries[-1][0].decode()}"
         return found
 
-    async def _page(self, begin: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    async def _page(self, begin: str, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        reading: Any = self._redis.xrange
         return await insist(
-            f"stream {self._key}",
-            lambda: self._redis.xrange(self._key, min=begin, count=_PAGE),  # type: ignore[arg-type, return-value]
+            f"stream {self._key}", lambda: reading(self._key, min=begin, count=count)
         )

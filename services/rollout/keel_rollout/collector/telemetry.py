@@ -22,5 +22,16 @@ ENGINE_RETRIES = Counter(
     "keel_collector_engine_retries", "Cohorts sent again because the engine failed"
 )
 
+BYTES_IN_FLIGHT = Gauge(
+    "keel_collector_bytes_in_flight", "Bytes of envelopes added and not yet acknowledged"
+)
+HELD_SECONDS = Counter(
+    "keel_collector_held_seconds",
+    "Seconds that a run was held back: by its bytes in flight, by Redis' memory, by the blob store",
+    ["cause"],
+)
+
 for _kind in ("group", "void"):
     SLOTS.labels(_kind)  # there from the start, so that a rate is 0 and not absent
+for _cause in ("queue", "redis", "blobs"):
+    HELD_SECONDS.labels(_cause)

@@ -1,0 +1,270 @@
+"""Room for the next envelope: in the run's bytes in flight, in Redis, and on the blob store's disk.
+
+    packed ──▶ counted in flight ──▶ in the blob store, if it is large ──▶ the entry's fields
+                  │ no room, while an earlier lap is in flight
+                  ▼
+            `queue_full` in the record ──▶ the trainer checkpoints at once, and acknowledges
+
+A lap must be whole before it can be trained and acknowledged, so the bytes of an envelope's own lap
+never hold it back; what a lap can take at worst is checked before its run begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+
+import redis.asyncio
+
+from keel.blobs import BlobStore, Stream
+from keel.queue import (
+    ENVELOPE_FIELD,
+    SLOT_FIELD,
+    SlotKey,
+    bytes_key,
+    demos_key,
+    groups_key,
+    pack_blob,
+)
+from keel.sizes import show_bytes
+from keel.types.v1 import sequence_pb2
+from keel_rollout.collector.backoff import FIRST_S, MOST_S, insist
+from keel_rollout.collector.holds import Holds
+from keel_rollout.collector.redis_memory import RedisMemory
+from keel_rollout.collector.telemetry import BYTES_IN_FLIGHT
+
+log = logging.getLogger(__name__)
+
+_FRESH_S = 0.1
+"""A look at the bytes in flight is good for this long, and for what was added since."""
+_GAUGE_S = 1.0
+_SMALL_BYTES = 4096
+"""An envelope no larger than this gains nothing in the blob store."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSettings:
+    """How much of a run may be on its way from collector to trainer, and where."""
+
+    queue_bytes: int = 8 * 2**30
+    """Bytes of envelopes in flight, of one run, above which the next lap waits."""
+    inline_bytes: int = 2**20
+    """Larger envelopes go to the blob store."""
+    blobs: BlobStore | None = None
+    """None: every envelope goes through Redis."""
+
+
+DEFAULT_QUEUE = QueueSettings()
+
+
+@dataclass(slots=True)
+class Packed:
+    """A serialized envelope on its way. It holds the bytes until they are in the blob store."""
+
+    slot: SlotKey
+    kind: str
+    data: bytes
+    size: int
+    blob: sequence_pb2.BlobRef | None = field(default=None)
+    """Where it is, once it is in the blob store."""
+
+    @classmethod
+    def of(cls, envelope: sequence_pb2.Envelope) -> Packed:
+        """Let go of `envelope` then: it has the same bytes again."""
+        data = envelope.SerializeToString()
+        kind = envelope.WhichOneof("payload")
+        return cls(SlotKey.of(envelope.id), kind or "", data, len(data))
+
+
+class Room:
+    """What one run has in flight, and what may be added to it."""
+
+    def __init__(
+        self,
+        client: redis.asyncio.Redis,
+        run: str,
+        settings: QueueSettings,
+        memory: RedisMemory,
+        holds: Holds,
+    ) -> None:
+        self._redis, self._run, self.settings = client, run, settings
+        self._memory, self._holds = memory, holds
+        self._hashes: Mapping[Stream, str] = {
+            "demos": bytes_key(demos_key(run)),
+            "groups": bytes_key(groups_key(run)),
+        }
+        self._seen: dict[tuple[Stream, SlotKey], int] = {}
+        """Bytes by slot, as Redis has them."""
+        self._since: dict[tuple[Stream, SlotKey], int] = {}
+        """Added since the last look began."""
+        self._coming: dict[tuple[Stream, SlotKey], int] = {}
+        """Granted and not added yet."""
+        self._seen_s = float("-inf")
+        self._looking = asyncio.Lock()
+        self._told_inline = False
+        self._gauge = 0
+
+    async def follow(self) -> None:
+        """Keeps the gauge of bytes in flight until cancelled."""
+        try:
+            while True:
+                await self._look()
+                self._show(self._in_flight())
+                await asyncio.sleep(_GAUGE_S)
+        finally:
+            self._show(0)
+
+    async def largest(self, stream: Stream) -> int:
+        """Bytes of the largest envelope of a stream that is in flight."""
+        await self._look()
+        return max((size for (name, _), size in self._seen.items() if name == stream), default=0)
+
+    @contextlib.asynccontextmanager
+    async def entry(self, stream: Stream, packed: Packed) -> AsyncIterator[dict[bytes, bytes]]:
+        """The fields of the envelope's stream entry, to be added within the context.
+
+        Waits for room, and while the blob store fails; `queue_full` then says so.
+        """
+        place = stream, packed.slot
+        await self._wait_for_room(place, packed.size)
+        self._coming[place] = packed.size
+        try:
+            if packed.blob is None and await self._belongs_in_store(packed):
+                await self._store(stream, packed)
+            if packed.blob is not None:
+                yield pack_blob(packed.slot, packed.blob)
+            else:
+                async with self._redis_has_room(place, packed.size):
+                    slot = str(packed.slot).encode()
+                    yield {SLOT_FIELD: slot, ENVELOPE_FIELD: packed.data}
+            self._seen[place] = self._since[place] = packed.size
+        finally:
+            del self._coming[place]
+
+    async def _wait_for_room(self, place: tuple[Stream, SlotKey], size: int) -> None:
+        await self._look()
+        if self._fits(place, size):
+            return
+        limit, earliest = self.settings.queue_bytes, min(map(_order, self._all()))
+        text = (
+            f"{show_bytes(self._in_flight())} in flight and {show_bytes(size)} of slot {place[1]} "
+            f"are more than --queue-bytes {show_bytes(limit)}; it waits for a checkpoint, which "
+            f"acknowledges what is in flight, from attempt/lap {earliest[0]}/{earliest[2]} on"
+        )
+        with self._holds.because("queue", text):
+            while not self._fits(place, size):
+                await asyncio.sleep(_FRESH_S)
+                await self._look()
+
+    def _fits(self, place: tuple[Stream, SlotKey], size: int) -> bool:
+        flight = self._all()
+        flight.pop(place, None)  # sent again, it counts once
+        return sum(flight.values()) + size <= self.settings.queue_bytes or not self._earlier(place)
+
+    def _earlier(self, place: tuple[Stream, SlotKey]) -> bool:
+        """Something is in flight that can be trained and acknowledged without this envelope."""
+        own = _order(place)
+        return any(_order(other) < own for other in self._all())
+
+    async def _belongs_in_store(self, packed: Packed) -> bool:
+        """It is large, or Redis is so full that even this would be too much."""
+        if self.settings.blobs is None:
+            if packed.size > self.settings.inline_bytes and not self._told_inline:
+                self._told_inline = True
+                log.warning(
+                    "run %s: groups of %s go through Redis, which keeps them in memory; with a "
+                    "folder for --blobs (of collector and trainer) they would not",
+                    self._run,
+                    show_bytes(packed.size),
+                )
+            return False
+        if packed.size > self.settings.inline_bytes:
+            return True
+        return packed.size > _SMALL_BYTES and not (await self._memory.read()).takes(packed.size)
+
+    async def _store(self, stream: Stream, packed: Packed) -> None:
+        """Puts the envelope into the blob store, however long that fails, and lets its bytes go."""
+        blobs = self.settings.blobs
+        assert blobs is not None
+        wait_s = FIRST_S
+        with contextlib.ExitStack() as held:
+            while packed.blob is None:
+                try:
+                    packed.blob = await asyncio.to_thread(
+                        blobs.put, self._run, stream, packed.slot, packed.data
+                    )
+                except OSError as error:
+                    if wait_s == FIRST_S:
+                        text = (
+                            f"the blob store cannot take {show_bytes(packed.size)} of slot "
+                            f"{packed.slot}: {error}; it tries again until that is mended"
+                        )
+                        held.enter_context(self._holds.because("blobs", text))
+                    await asyncio.sleep(wait_s)
+                    wait_s = min(2 * wait_s, MOST_S)
+        packed.data = b""
+
+    @contextlib.asynccontextmanager
+    async def _redis_has_room(
+        self, place: tuple[Stream, SlotKey], size: int
+    ) -> AsyncIterator[None]:
+        """Waits while Redis would have too little left; the bytes count as its own from then on."""
+        while not (level := await self._memory.read()).takes(size):
+            waits = self._earlier(place)
+            remedy = "it waits for a checkpoint, which frees some" if waits else self._remedy()
+            text = f"{level.lack(size)}; {remedy}"
+            with self._holds.because("redis", text):
+                while waits == self._earlier(place) and not (await self._memory.read()).takes(size):
+                    await asyncio.sleep(_FRESH_S)
+                    await self._look()
+            self._memory.forget()  # what was acknowledged meanwhile is free
+        with self._memory.granted(size):
+            yield
+
+    def _remedy(self) -> str:
+        if self.settings.blobs is not None:
+            return "nothing of this run that a checkpoint would free is in flight: raise maxmemory"
+        return (
+            "nothing of this run that a checkpoint would free is in flight: raise maxmemory, or "
+            "give collector and trainer a folder for --blobs"
+        )
+
+    async def _look(self) -> None:
+        """Reads what Redis has, unless that was done a moment ago."""
+        async with self._looking:
+            if time.monotonic() - self._seen_s < _FRESH_S:
+                return
+            self._since = {}
+            found = await insist(f"run {self._run}", self._read)
+            self._seen, self._seen_s = found | self._since, time.monotonic()
+
+    async def _read(self) -> dict[tuple[Stream, SlotKey], int]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for key in self._hashes.values():
+                pipe.hgetall(key)
+            replies: list[dict[bytes, bytes]] = await pipe.execute()
+        return {
+            (stream, SlotKey.parse(slot)): int(size)
+            for stream, reply in zip(self._hashes, replies, strict=True)
+            for slot, size in reply.items()
+        }
+
+    def _all(self) -> dict[tuple[Stream, SlotKey], int]:
+        return self._seen | self._coming
+
+    def _in_flight(self) -> int:
+        return sum(self._all().values())
+
+    def _show(self, size: int) -> None:
+        BYTES_IN_FLIGHT.inc(size - self._gauge)
+        self._gauge = size
+
+
+def _order(place: tuple[Stream, SlotKey]) -> tuple[int, bool, int]:
+    """What is trained and acknowledged first comes first; slots of one lap are equal."""
+    stream, slot = place
+    return slot.attempt, stream == "groups", slot.lap
