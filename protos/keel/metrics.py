@@ -50,6 +50,8 @@ COLUMNS: dict[str, str] = {
     "time/score_s": "seconds of decoding and scoring this mini-batch",
     "time/update_s": "seconds of this step's update",
     "time/publish_s": "seconds of publishing, the lap's divided by N",
+    "time/checkpoint_s": "seconds of ledger, checkpoint and acknowledgement since the "
+    "lap before began, divided by N",
     "time/wait_s": "seconds the trainer waited for groups, the lap's divided by N",
     "tokens/prompt": "prompt tokens of the mini-batch",
     "tokens/response": "response tokens of the mini-batch",

@@ -73,6 +73,8 @@ class RunRecord:
     phase: Phase = Phase.QUEUED
     """Writer: trainer, once StartRun was taken; the gateway before. So are all fields below."""
     attempt: int = 0
+    folder: str = ""
+    """Folder of its ledger, checkpoints and final model, on the trainer's disk."""
     artifact: str = ""
     """Folder of the base artifact (config, tokenizer, weights) on the shared volume."""
     policy_version: int | None = None
@@ -90,6 +92,8 @@ class RunRecord:
     """Unix time when the trainer took it, s."""
     paused: bool = False
     """It has stopped because PAUSED is wanted, and computes nothing until RUNNING is."""
+    trouble: str = ""
+    """Why it stands still, as long as it does: a full disk, say."""
     finished_s: float | None = None
     """Unix time of the end, s."""
     model: str = ""
@@ -154,12 +158,14 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "stale": json.loads,
     "phase": Phase,
     "attempt": int,
+    "folder": str,
     "artifact": str,
     "policy_version": int,
     "step": int,
     "cold_start_step": int,
     "paused": lambda text: text == str(True),
     "started_s": float,
+    "trouble": str,
     "finished_s": float,
     "model": str,
     "error": str,

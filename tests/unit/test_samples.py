@@ -15,7 +15,7 @@ import torch
 from rediskit import start_redis
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from keel.queue import samples_key
+from keel.queue import run_key, samples_key
 from keel.samples import Sample, fields_by_step, parse_samples, sample_field
 from keel_trainer.algo.replay import compare_routes
 from keel_trainer.backends.torch import TorchBackend
@@ -158,6 +158,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 def sampler(redis_url: str, folder: Path, run: str) -> tuple[Sampler, redis.Redis]:
     byte_level().save(str(folder / "tokenizer.json"))
     client = connect(redis_url)
+    client.hset(run_key(run), "spec", "{}")
     return Sampler(RunStore(client, run, 1), folder, 3), client
 
 

@@ -55,15 +55,17 @@ def assemble(
             "trainer": {"micro_batch_tokens": budget},
         }
     )
-    return steps.MiniBatch.assemble(
-        envelopes,
-        spec,
-        vocab_size=PRESETS["tiny-qwen3-moe"].config["vocab_size"],
-        routes=SHAPE,
-        routes_needed=routes_needed,
-        trainer_version=0,
-        device="cpu",
-    )
+    groups = [
+        steps.decode_group(
+            envelope,
+            spec,
+            vocab_size=PRESETS["tiny-qwen3-moe"].config["vocab_size"],
+            routes=SHAPE,
+            routes_needed=routes_needed,
+        )
+        for envelope in envelopes
+    ]
+    return steps.MiniBatch.assemble(groups, spec, trainer_version=0, device="cpu")
 
 
 def test_groups_are_counted_by_the_engine_that_sampled_them() -> None:

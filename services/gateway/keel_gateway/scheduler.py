@@ -84,8 +84,8 @@ class Scheduler:
                 expected = f"trainer {record.trainer} is stopping it"
             elif record.phase is Phase.QUEUED:
                 expected = f"trainer {record.trainer} is starting it"
-            silent = self._silent_trainer(record)
-            return silent or expected or self._engine_trouble(record)
+            trouble = self._silent_trainer(record) or record.trouble
+            return trouble or expected or self._engine_trouble(record) or record.queue_full
         if paused:
             return "paused: gets no trainer and no engine until it is resumed"
         return self._stuck or self._waiting.get(record.run, "waits for the scheduler's next pass")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -17,6 +18,7 @@ from keel.presets import END, PAD, PRESETS, Preset
 from keel.seeds import derive_seed
 from keel.spec import RunSpec, is_template
 from keel_trainer.backends.base import Backend
+from keel_trainer.storage import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +90,18 @@ def save_model(
 
     Args:
         chat_template: the job's own, its text or a path: it goes along, in place of the artifact's.
+
+    Raises:
+        StorageError: the disk takes no more. May be repeated.
     """
-    backend.save_pretrained(folder)
-    for name in _TOKENIZER_FILES:
-        if (artifact / name).is_file():
-            shutil.copyfile(artifact / name, folder / name)
+    try:
+        backend.save_pretrained(folder)
+        for name in _TOKENIZER_FILES:
+            if (artifact / name).is_file():
+                shutil.copyfile(artifact / name, folder / name)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for _, tensor in backend.weights())
+        raise StorageError(folder, size, error) from error
     if chat_template is not None:
         try:
             given = is_template(chat_template)

@@ -17,10 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from keel.checkpoints import CheckpointInfo
 from keel.codec import xxh3
+from keel_trainer.storage import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -49,37 +51,54 @@ class Checkpoints:
         self._folder, self._keep = folder, keep
 
     def save(self, progress: Progress, state: dict[str, torch.Tensor]) -> Path:
-        """Returns once the checkpoint is on disk; older ones beyond `keep` are removed."""
+        """Returns once the checkpoint is on disk; older ones beyond `keep` are removed.
+
+        Raises:
+            StorageError: it could not be written, and nothing of it is left. May be repeated.
+        """
+        temporary = self._folder / f".{_name(progress)}"
+        try:
+            return self._save(temporary, progress, state)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            size = sum(tensor.nbytes for tensor in state.values())
+            raise StorageError(self._folder, size, error) from error
+
+    def _save(self, temporary: Path, progress: Progress, state: dict[str, torch.Tensor]) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
         final = self._folder / _name(progress)
-        temporary = self._folder / f".{final.name}"
-        for leftover in (temporary, final):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(state, temporary / "state.safetensors")
         content = asdict(progress) | {"xxh3": f"{_hash(temporary / 'state.safetensors'):016x}"}
         (temporary / "progress.json").write_text(json.dumps(content), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _sync(self._folder)
         for old in self._all()[: -self._keep]:
             shutil.rmtree(old)
         return final
 
+    def before(self, progress: Progress) -> Progress | None:
+        """Where the run stood at the checkpoint before this one: the one to fall back on."""
+        older = [folder for folder in self._all() if folder.name < _name(progress)]
+        try:
+            return _progress(older[-1])[0] if older else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def load_latest(self) -> tuple[Progress, dict[str, torch.Tensor]] | None:
         """The newest checkpoint that is whole, or None."""
         for folder in reversed(self._all()):
             try:
-                content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-                digest = content.pop("xxh3")
+                progress, digest = _progress(folder)
                 if f"{_hash(folder / 'state.safetensors'):016x}" != digest:
                     raise ValueError("state.safetensors differs from its hash")
                 state = load_file(folder / "state.safetensors")
-                if (gap := content.pop("first_gap", None)) is not None:
-                    content["first_gaps"] = {"torch": gap}  # written when that was the only kind
-                return Progress(**content), state
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                return progress, state
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.error("%s cannot be used, taking the one before: %s", folder, error)
         return None
 
@@ -121,6 +140,15 @@ def _name(progress: Progress) -> str:
     if progress.step == 0:
         return f"step-{0:08d}-cold-{progress.cold_start_step:08d}"
     return f"step-{progress.step:08d}"
+
+
+def _progress(folder: Path) -> tuple[Progress, str]:
+    """What progress.json says, and the hash of the other file."""
+    content = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    digest = content.pop("xxh3")
+    if (gap := content.pop("first_gap", None)) is not None:
+        content["first_gaps"] = {"torch": gap}  # written when that was the only kind
+    return Progress(**content), digest
 
 
 def _hash(path: Path) -> int:

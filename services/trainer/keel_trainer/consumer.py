@@ -1,9 +1,12 @@
 """Takes envelopes from a Redis stream in slot order; acknowledges what a checkpoint covers.
 
-    stream  --XREADGROUP-->  buffer by (lap, slot)  --take-->  taken  --acknowledge-->  XACK + XDEL
+    stream  --XREADGROUP-->  entries by (lap, slot)  --take: read, decode-->  acknowledge  --> XACK
+                                                          | three times in vain               XDEL
+                                                          v                                   blobs
+                                                     dead letters
 
 Own pending entries come first, so a restarted trainer finds what it had not yet acknowledged. The
-first entry for a slot in stream order wins. What a checkpoint covers is acknowledged unread.
+first entry for a slot in stream order wins. Laps that a checkpoint covers are not read again.
 """
 
 from __future__ import annotations
@@ -11,19 +14,54 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import redis
 
-from keel.queue import CONSUMER_GROUP, unpack
+from keel.blobs import BlobStore, Stream
+from keel.codec import xxh3
+from keel.errors import IntegrityError, KeelError, WireError
+from keel.queue import (
+    CONSUMER_GROUP,
+    SlotKey,
+    demos_key,
+    envelope_bytes,
+    groups_key,
+    parse_envelope,
+    slot_of,
+)
 from keel.types.v1 import sequence_pb2
-from keel_trainer.store import UNREACHABLE
+from keel_trainer.dead_letters import DeadLetters
+from keel_trainer.store import UNREACHABLE, RunStore
 
 log = logging.getLogger(__name__)
 
 _CONSUMER = "trainer"
 _POLL_MS = 500
 _RETRY_S = 0.5
+_STORAGE_RETRY_S = 2.0
 _READ_COUNT = 64
+_REMOVED_AT_ONCE = 1000
+_KEYS: dict[Stream, Callable[[str], str]] = {"demos": demos_key, "groups": groups_key}
+
+Fields = dict[bytes, bytes]
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True, slots=True)
+class Taken(Generic[Content]):
+    """What a slot held."""
+
+    slot: SlotKey
+    entry: str
+    """Id of its entry."""
+    xxh3: str
+    """xxh3-64 of its envelope, 16 hexadecimal digits; empty where it could not be read."""
+    content: Content | None
+    """None: it is a dead letter."""
+    reason: str = ""
+    """Why it is one."""
 
 
 class SlotReader:
@@ -31,76 +69,146 @@ class SlotReader:
 
     def __init__(
         self,
-        client: redis.Redis,
+        store: RunStore,
         reading: redis.Redis,
-        stream: str,
+        stream: Stream,
         *,
-        run: str,
         attempt: int,
         first_lap: int,
+        covered_lap: int = 0,
+        blobs: BlobStore | None = None,
     ) -> None:
         """
         Args:
-            client: for everything but reading.
             reading: a client that does not try again by itself: a repeated XREADGROUP would pass
                 over what the first one's lost reply held.
-            first_lap: earlier laps are covered by the checkpoint in use; their entries are
-                acknowledged unread.
+            first_lap: earlier laps are covered by the checkpoint in use; their entries stay unread
+                until they are acknowledged.
+            covered_lap: those before this one need not stay: they go at sight.
+            blobs: where entries refer to; None: an entry that refers to a blob cannot be read.
         """
-        self._redis, self._reading = client, reading
-        self._stream, self._run = stream, run
-        self._attempt, self._first_lap = attempt, first_lap
-        self._buffer: dict[tuple[int, int], sequence_pb2.Envelope] = {}
-        self._entry_ids: dict[tuple[int, int], list[bytes]] = {}
+        self._store, self._reading, self._run = store, reading, store.run
+        self._stream, self._key = stream, _KEYS[stream](store.run)
+        self._attempt, self._blobs = attempt, blobs
+        self._first_lap, self._covered_lap = first_lap, covered_lap
+        self._dead = DeadLetters(store, stream)
+        self._entries: dict[tuple[int, int], tuple[bytes, Fields]] = {}
+        """First entry of each slot that is yet to be taken."""
+        self._ids: dict[tuple[int, int], list[bytes]] = {}
+        """Ids of all entries that are not acknowledged, by slot."""
         self._seen: set[bytes] = set()
-        self._taken: set[tuple[int, int]] = set()
         self._pending_from: bytes | None = b"0"
         self.drained = False
         """The last read found Redis up and nothing new."""
         self.waited_s = 0.0
         """Seconds that `take` has spent waiting."""
-        try:
-            client.xgroup_create(stream, CONSUMER_GROUP, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        store.make_stream(self._key)
+        self._sweep()
 
-    def take(self, lap: int, slot: int, check: Callable[[], None]) -> sequence_pb2.Envelope:
-        """The envelope of a slot; waits for it.
+    def take(
+        self,
+        lap: int,
+        slot: int,
+        decode: Callable[[sequence_pb2.Envelope], Content],
+        check: Callable[[], None],
+    ) -> Taken[Content]:
+        """What `decode` makes of the envelope of a slot; waits for it.
+
+        An entry that cannot be read or decoded three times is a dead letter; so it remains for a
+        trainer that is started again.
 
         Args:
+            decode: raises KeelError where the envelope is no good.
             check: called about twice a second while waiting; raises to stop.
         """
         began = time.perf_counter()
         key = (lap, slot)
-        while key not in self._buffer:
-            if not self._read():
+        while key not in self._entries:
+            if not self._read(check):
                 check()
         self.waited_s += time.perf_counter() - began
-        self._taken.add(key)
-        return self._buffer.pop(key)
+        entry_id, fields = self._entries.pop(key)
+        return self._decoded(SlotKey(self._attempt, *key), entry_id, fields, decode, check)
 
-    def acknowledge(self) -> int:
-        """Acknowledges and deletes every entry taken so far; returns how many.
+    def acknowledge(self, before_lap: int) -> int:
+        """Acknowledges and deletes every entry of earlier laps, and their blobs; returns how many.
 
         To be called when a checkpoint that covers them is on disk.
         """
-        ids = [entry_id for key in self._taken for entry_id in self._entry_ids.pop(key)]
-        if self._taken:
-            self._first_lap = max(self._first_lap, max(lap for lap, _ in self._taken) + 1)
-        self._taken = set()
-        self._remove(ids)
-        return len(ids)
+        keys = [key for key in self._ids if key[0] < before_lap]
+        removed: list[tuple[bytes, SlotKey | None]] = [
+            (entry_id, SlotKey(self._attempt, *key)) for key in keys for entry_id in self._ids[key]
+        ]
+        for key in keys:
+            del self._ids[key]
+            self._entries.pop(key, None)
+        self._first_lap = max(self._first_lap, before_lap)
+        self._covered_lap = max(self._covered_lap, before_lap)
+        self._remove(removed)
+        return len(removed)
 
-    def _remove(self, ids: list[bytes]) -> None:
-        if ids:
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.xack(self._stream, CONSUMER_GROUP, *ids)
-                pipe.xdel(self._stream, *ids)
-                pipe.execute()
-            self._seen.difference_update(ids)
+    def holds(self, before_lap: int) -> bool:
+        """Entries of earlier laps are not acknowledged."""
+        return any(lap < before_lap for lap, _ in self._ids)
 
-    def _read(self) -> bool:
+    def _decoded(
+        self,
+        slot: SlotKey,
+        entry_id: bytes,
+        fields: Fields,
+        decode: Callable[[sequence_pb2.Envelope], Content],
+        check: Callable[[], None],
+    ) -> Taken[Content]:
+        entry = entry_id.decode()
+        while (reason := self._dead.reason(entry)) is None:
+            try:
+                data = envelope_bytes(fields, self._blob)
+                content = decode(parse_envelope(data, slot, run=self._run))
+            except KeelError as error:
+                if not self._dead.failed(entry, slot, fields, str(error)):
+                    time.sleep(_RETRY_S)
+            except OSError as error:
+                # the store is away as a whole, which is no fault of this entry
+                self._store.tell(f"blobs in {self._blobs and self._blobs.root}: {error}")
+                time.sleep(_STORAGE_RETRY_S)
+            else:
+                self._store.tell("")
+                return Taken(slot, entry, f"{xxh3(data):016x}", content)
+            check()
+            fields = self._again(entry_id) or fields
+        return Taken(slot, entry, "", None, reason)
+
+    def _blob(self, ref: sequence_pb2.BlobRef) -> bytes:
+        if self._blobs is None:
+            raise WireError(f"it refers to blob {ref.uri!r}, and the trainer has no --blobs")
+        return self._blobs.get(ref, run=self._run)
+
+    def _again(self, entry_id: bytes) -> Fields | None:
+        """The entry as the stream has it now."""
+        found: Any = self._store.redis.xrange(self._key, min=entry_id, max=entry_id)
+        return found[0][1] if found else None
+
+    def _remove(self, entries: list[tuple[bytes, SlotKey | None]]) -> None:
+        for at in range(0, len(entries), _REMOVED_AT_ONCE):
+            self._store.acknowledge(self._key, entries[at : at + _REMOVED_AT_ONCE])
+        self._seen.difference_update(entry_id for entry_id, _ in entries)
+        slots = {slot for _, slot in entries if slot is not None}
+        if self._blobs is not None and slots:
+            self._blobs.remove(self._run, self._stream, self._dead.without(slots))
+
+    def _sweep(self) -> None:
+        """Removes blobs that a crash between acknowledgement and removal left behind."""
+        if self._blobs is None:
+            return
+        there = self._blobs.slots(self._run, self._stream)
+        old = [slot for slot in there if (slot.attempt, slot.lap) < self._covered]
+        self._blobs.remove(self._run, self._stream, self._dead.without(old))
+
+    @property
+    def _covered(self) -> tuple[int, int]:
+        return self._attempt, self._covered_lap
+
+    def _read(self, check: Callable[[], None]) -> bool:
         """Reads what the stream has; False if nothing came within the poll interval."""
         pending = self._pending_from is not None
         start = self._pending_from if pending else ">"
@@ -108,45 +216,58 @@ class SlotReader:
             reply = self._reading.xreadgroup(
                 CONSUMER_GROUP,
                 _CONSUMER,
-                {self._stream: start},  # type: ignore[dict-item]
+                {self._key: start},  # type: ignore[dict-item]
                 count=_READ_COUNT,
                 block=None if pending else _POLL_MS,
             )
         except UNREACHABLE as error:
             # a lost reply leaves its entries pending and unseen: read those first
-            log.warning("Redis is away, reading %s again: %s", self._stream, error)
+            log.warning("Redis is away, reading %s again: %s", self._key, error)
             self._pending_from = b"0"
             self.drained = False
             time.sleep(_RETRY_S)
             return False
+        except redis.ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            check()  # says so where the run's record is gone too
+            raise IntegrityError(
+                f"{self._key} is gone from Redis, and what was sampled with it: Redis has lost "
+                "data, or somebody has deleted it"
+            ) from error
         entries = _entries(reply)
         if pending:
             self._pending_from = entries[-1][0] if entries else None
             if not entries:
                 return True
         self.drained = not entries
-        self._remove([entry_id for entry_id, fields in entries if self._covers(entry_id, fields)])
+        unwanted = [(entry_id, self._put(entry_id, fields)) for entry_id, fields in entries]
+        self._remove([(entry_id, slot) for entry_id, (drop, slot) in unwanted if drop])
         return bool(entries)
 
-    def _covers(self, entry_id: bytes, fields: dict[bytes, bytes]) -> bool:
-        """Puts an entry where `take` finds it; True if a checkpoint covers it instead."""
+    def _put(self, entry_id: bytes, fields: Fields) -> tuple[bool, SlotKey | None]:
+        """Puts an entry where `take` finds it; its slot, and whether nobody will ever want it."""
         if entry_id in self._seen:
-            return False
+            return False, None
         self._seen.add(entry_id)
-        envelope = unpack(fields, run=self._run)
-        key = (envelope.id.lap, envelope.id.slot)
-        if envelope.id.attempt != self._attempt or envelope.id.lap < self._first_lap:
-            return True
-        ids = self._entry_ids.setdefault(key, [])
-        if not ids:
-            self._buffer[key] = envelope
-        else:
+        try:
+            slot = slot_of(fields)
+        except WireError as error:
+            self._dead.bury(entry_id.decode(), None, fields, str(error))
+            return True, None
+        key = (slot.lap, slot.slot)
+        if slot.attempt != self._attempt or slot.lap < self._covered_lap:
+            return True, slot
+        ids = self._ids.setdefault(key, [])
+        if ids:
             log.info("slot %s came again as %s; the first counts", key, entry_id.decode())
+        elif slot.lap >= self._first_lap:
+            self._entries[key] = entry_id, fields
         ids.append(entry_id)
-        return False
+        return False, slot
 
 
-def _entries(reply: object) -> list[tuple[bytes, dict[bytes, bytes]]]:
+def _entries(reply: object) -> list[tuple[bytes, Fields]]:
     """Entries of one stream's XREADGROUP reply, as redis-py gives it for RESP2 or RESP3."""
     if not reply:
         return []

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import redis
 
+from keel.blobs import BlobStore, Stream
 from keel.errors import IntegrityError, InvalidField, KeelError
-from keel.queue import demos_key, groups_key
+from keel.ledger import Line, Opened, Outcome, Used
 from keel.record import Desired, Phase, RunRecord
 from keel.spec import RunSpec
+from keel.types.v1 import sequence_pb2
 from keel_trainer import steps
 from keel_trainer.algo.replay import ReplayPlan, replay_plan
 from keel_trainer.artifact import prepare_artifact, save_model
@@ -28,8 +30,11 @@ from keel_trainer.backends.base import Backend
 from keel_trainer.backends.torch import TorchBackend
 from keel_trainer.checkpoint import Checkpoints, Progress
 from keel_trainer.consumer import SlotReader
+from keel_trainer.durable import Durable, used
+from keel_trainer.ledger import Ledger
 from keel_trainer.publish import Publisher
 from keel_trainer.samples import Sampler
+from keel_trainer.sequences import TrainSequence
 from keel_trainer.store import RunStore
 from keel_trainer.version import SharedWeights, Version, probe_tokens
 
@@ -61,7 +66,7 @@ class TrainingRun:
     artifact: Path
     backend: Backend
     publisher: Publisher
-    checkpoints: Checkpoints
+    durable: Durable
     demos: SlotReader
     groups: SlotReader
     plan: ReplayPlan
@@ -84,17 +89,19 @@ class TrainingRun:
         *,
         device: str,
         weights: Path | None = None,
+        blobs: BlobStore | None = None,
     ) -> TrainingRun:
         """The run as its newest checkpoint left it, or at its beginning.
 
         Args:
             reading: see `SlotReader`.
             weights: see `SharedWeights`; None: weights go by stream.
+            blobs: where the collector puts what is too large for the queue.
         """
         record = store.read()
         spec, recipe = record.spec, record.spec.recipe
         started_s = record.started_s or time.time()
-        store.write(phase=Phase.PREPARING, error="", started_s=started_s, paused=False)
+        store.write(phase=Phase.PREPARING, error="", trouble="", started_s=started_s, paused=False)
         artifact = prepare_artifact(spec, folder / "base")
         backend = TorchBackend.from_pretrained(
             artifact,
@@ -120,22 +127,25 @@ class TrainingRun:
             progress, state = latest
             backend.load_state_dict(state)
             log.info("resuming after step %d", progress.step)
-        reader = {
-            key: SlotReader(
-                store.redis,
+        # what the checkpoint before covers too is nobody's any more
+        before = checkpoints.before(progress) or Progress(progress.attempt, 0, 0)
+        n = recipe.off_policiness
+
+        def reader(stream: Stream, first_lap: int, covered_lap: int) -> SlotReader:
+            return SlotReader(
+                store,
                 reading,
-                key,
-                run=record.run,
+                stream,
                 attempt=progress.attempt,
                 first_lap=first_lap,
+                covered_lap=covered_lap,
+                blobs=blobs,
             )
-            for key, first_lap in (
-                (demos_key(record.run), progress.cold_start_step),
-                (groups_key(record.run), progress.step // recipe.off_policiness),
-            )
-        }
+
+        demos = reader("demos", progress.cold_start_step, before.cold_start_step)
+        groups = reader("groups", progress.step // n, before.step // n)
         probe = probe_tokens(backend.info.vocab_size)
-        store.write(artifact=artifact)
+        store.write(folder=folder, artifact=artifact)
         return cls(
             record=record,
             store=store,
@@ -153,9 +163,17 @@ class TrainingRun:
                 needs_routes=plan.needs_engine_routes,
                 shared=SharedWeights(weights, record.run) if weights else None,
             ),
-            checkpoints=checkpoints,
-            demos=reader[demos_key(record.run)],
-            groups=reader[groups_key(record.run)],
+            durable=Durable(
+                store,
+                Ledger(folder),
+                checkpoints,
+                demos,
+                groups,
+                spec=spec,
+                covered=progress if latest else None,
+            ),
+            demos=demos,
+            groups=groups,
             plan=plan,
             sampler=Sampler(store, artifact, spec.laps),
             device=device,
@@ -182,7 +200,18 @@ class TrainingRun:
             self.publisher.close()
 
     def _train(self) -> None:
-        self._list_checkpoints()
+        recipe = self.spec.recipe
+        self._enter(
+            Opened(
+                step=self.step,
+                cold_start_step=self.cold_start_step,
+                off_policiness=recipe.off_policiness,
+                groups_per_minibatch=recipe.groups_per_minibatch,
+                token=self.store.token,
+                at_s=time.time(),
+            )
+        )
+        self.durable.list_checkpoints()
         self._cold_start()
         self._publish()
         self.store.write(phase=Phase.TRAINING)
@@ -193,11 +222,13 @@ class TrainingRun:
         while not self._evaluated():
             self._check()
             time.sleep(_PAUSE_POLL_S)
-        model = save_model(
-            self.backend,
-            self.artifact,
-            self.folder / "model",
-            chat_template=self.spec.model.chat_template,
+        template = self.spec.model.chat_template
+        model = self.durable.insist(
+            "the final model",
+            lambda: save_model(
+                self.backend, self.artifact, self.folder / "model", chat_template=template
+            ),
+            self._check_record,
         )
         self.store.write(model=model)
 
@@ -205,11 +236,18 @@ class TrainingRun:
         """N optimizer steps on one lap of groups; one new version."""
         recipe = self.spec.recipe
         lap, waited_before = self.version, self.groups.waited_s
-        minibatches = [self._collect(lap, i) for i in range(recipe.off_policiness)]
+        durable_s = self.durable.spent_s()
+        collected = [self._collect(lap, i) for i in range(recipe.off_policiness)]
+        if all(line.outcome == "dead" for _, lines in collected for line in lines):
+            raise IntegrityError(
+                f"no group of lap {lap} could be read: all {self.spec.slots_per_lap} are dead "
+                f"letters (keel dead-letters {self.record.run})"
+            )
+        minibatches = [minibatch for minibatch, _ in collected]
         # groups count from the lap's first request: the last one spans the lap
         generate_s = max(minibatch.generate_s for minibatch in minibatches)
         rows = []
-        for minibatch in minibatches:
+        for minibatch, lines in collected:
             row = steps.update(self.backend, minibatch, self.plan, recipe, step=self.step)
             self.step += 1
             row |= {
@@ -218,8 +256,10 @@ class TrainingRun:
                 "policy_version": lap,
                 "time/generate_s": generate_s / recipe.off_policiness,
                 "time/wait_s": (self.groups.waited_s - waited_before) / recipe.off_policiness,
+                "time/checkpoint_s": durable_s / recipe.off_policiness,
             }
             rows.append(row)
+            self._enter(*lines)
             self.store.write_row(self.record.attempt, self.step, row)
             self.store.write(step=max(self.step, self.record.step))
         began = time.perf_counter()
@@ -235,24 +275,35 @@ class TrainingRun:
         if self.step == recipe.steps or (every and self.step % every == 0):
             self._checkpoint()
 
-    def _collect(self, lap: int, index: int) -> steps.MiniBatch:
-        """Mini-batch `index` of a lap, scored under theta_old."""
+    def _collect(self, lap: int, index: int) -> tuple[steps.MiniBatch, list[Used]]:
+        """Mini-batch `index` of a lap, scored under theta_old, and what the ledger says of it."""
         size = self.spec.recipe.groups_per_minibatch
+        groups: list[steps.Group] = []
+        lines: list[Used] = []
+        for slot in range(index * size, (index + 1) * size):
+            taken = self.groups.take(lap, slot, self._decode, self._check)
+            group = taken.content or steps.Group.void(lap, slot, f"dead letter: {taken.reason}")
+            outcome: Outcome = "trained" if group.trained else "void"
+            lines.append(used("group", self.step + index + 1, taken, outcome))
+            groups.append(group)
         minibatch = steps.MiniBatch.assemble(
-            [
-                self.groups.take(lap, slot, self._check)
-                for slot in range(index * size, (index + 1) * size)
-            ],
+            groups,
             self.spec,
-            vocab_size=self.backend.info.vocab_size,
-            routes=self.backend.info.route_shape,
-            routes_needed=self.plan.needs_engine_routes,
             trainer_version=lap,
             device=self.device,
             show=lap in self.sampler.laps,
         )
         steps.score(self.backend, minibatch, self.plan)
-        return minibatch
+        return minibatch, lines
+
+    def _decode(self, envelope: sequence_pb2.Envelope) -> steps.Group:
+        return steps.decode_group(
+            envelope,
+            self.spec,
+            vocab_size=self.backend.info.vocab_size,
+            routes=self.backend.info.route_shape,
+            routes_needed=self.plan.needs_engine_routes,
+        )
 
     def _cold_start(self) -> None:
         """Supervised steps on the collector's demonstrations; natural routes, as in any SFT."""
@@ -262,14 +313,19 @@ class TrainingRun:
         self.store.write(phase=Phase.COLD_START)
         while self.cold_start_step < cold.steps:
             self._wait_while_paused()
-            envelope = self.demos.take(self.cold_start_step, 0, self._check)
-            loss = steps.imitate(
-                self.backend,
-                steps.decode_demonstrations(envelope, self.backend.info.vocab_size),
-                rate=cold.learning_rate,
-                budget_tokens=self.spec.trainer.micro_batch_tokens,
-                device=self.device,
+            taken = self.demos.take(
+                self.cold_start_step, 0, self._decode_demonstrations, self._check
             )
+            loss = float("nan")
+            if taken.content is not None:
+                loss = steps.imitate(
+                    self.backend,
+                    taken.content,
+                    rate=cold.learning_rate,
+                    budget_tokens=self.spec.trainer.micro_batch_tokens,
+                    device=self.device,
+                )
+            self._enter(used("demonstrations", self.cold_start_step + 1, taken, "trained"))
             self.cold_start_step += 1
             if self.cold_start_step % COLD_START_LOG_EVERY == 0:
                 log.info("supervised step %d: %.3f nats a token", self.cold_start_step, loss)
@@ -280,6 +336,9 @@ class TrainingRun:
                 self._checkpoint()
             done_before = self.record.cold_start_step
             self.store.write(cold_start_step=max(self.cold_start_step, done_before))
+
+    def _decode_demonstrations(self, envelope: sequence_pb2.Envelope) -> list[TrainSequence]:
+        return steps.decode_demonstrations(envelope, self.backend.info.vocab_size)
 
     def _publish(self) -> None:
         """Makes the engines serve the weights as they are, as version `self.version`; returns when
@@ -301,30 +360,29 @@ class TrainingRun:
         self.store.write(policy_version=version.number)
 
     def _checkpoint(self) -> None:
-        """Writes a checkpoint, then acknowledges what it covers."""
-        self.checkpoints.save(
-            Progress(
-                attempt=self.record.attempt,
-                cold_start_step=self.cold_start_step,
-                step=self.step,
-                first_gaps=dict(self.publisher.first_gaps),
-            ),
-            self.backend.state_dict(),
-        )
-        self._list_checkpoints()
-        self.demos.acknowledge()
-        self.groups.acknowledge()
+        self.durable.checkpoint(self._progress(), self.backend.state_dict, self._check_record)
 
-    def _list_checkpoints(self) -> None:
-        """Tells which checkpoints there are."""
-        cold_start_steps = self.spec.cold_start.steps
-        self.store.write_checkpoints(
-            self.checkpoints.existing(self.spec.recipe.off_policiness, cold_start_steps)
+    def _progress(self) -> Progress:
+        return Progress(
+            attempt=self.record.attempt,
+            cold_start_step=self.cold_start_step,
+            step=self.step,
+            first_gaps=dict(self.publisher.first_gaps),
         )
+
+    def _make_room(self, record: RunRecord) -> None:
+        """Where the collector holds groups back. Whenever the trainer waits for groups, its weights
+        are those of a lap boundary.
+        """
+        if record.queue_full:
+            self.durable.make_room(self._progress(), self.backend.state_dict, self._check_record)
+
+    def _enter(self, *lines: Line) -> None:
+        self.durable.enter(*lines, check=self._check_record)
 
     def _check(self) -> None:
-        """While waiting: ends the run if it is to end, or can never go on."""
-        self._check_record()
+        """While waiting: makes room, and ends the run if it is to end, or can never go on."""
+        self._make_room(self._check_record())
         in_cold_start = self.cold_start_step < self.spec.cold_start.steps
         reader = self.demos if in_cold_start else self.groups
         if reader.drained and self.newest_version >= (0 if in_cold_start else self.version + 1):
@@ -344,7 +402,9 @@ class TrainingRun:
         return record
 
     def _wait_while_paused(self) -> None:
-        if self._check_record().desired != Desired.PAUSED:
+        record = self._check_record()
+        self._make_room(record)
+        if record.desired != Desired.PAUSED:
             return
         self.store.write(paused=True)
         log.info("paused after step %d", self.step)

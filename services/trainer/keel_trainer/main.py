@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "through a file in it, and by stream to engines that do not see it (KEEL_WEIGHTS_DIR)",
     )
     parser.add_argument(
+        "--blobs",
+        metavar="FOLDER|URL",
+        default=env("KEEL_BLOBS", ""),
+        help="the collector's --blobs: where it puts what is too large for the queue (KEEL_BLOBS)",
+    )
+    parser.add_argument(
         FLAG,
         metavar="HOST:PORT",
         default=env("KEEL_TRAINER_METRICS", ""),
@@ -77,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
 
 async def _serve(args: argparse.Namespace) -> None:
     weights = args.weights.resolve() if args.weights else None
-    options = ChildOptions(args.redis, args.runs.resolve(), args.device, args.threads, weights)
+    options = ChildOptions(
+        *(args.redis, args.runs.resolve(), args.device, args.threads),
+        weights=weights,
+        blobs=args.blobs,
+    )
     servicer = TrainerServicer(options)
     if args.metrics:
         REGISTRY.register(TrainingCollector(connect(args.redis, retries=0), servicer.running))

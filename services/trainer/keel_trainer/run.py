@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from keel.blobs import BlobStore
 from keel.errors import FencedError, KeelError
 from keel.record import Phase
 from keel_trainer.loop import CancelledError, TrainingRun
-from keel_trainer.store import UNREACHABLE, RunStore, connect
+from keel_trainer.storage import drop_blobs
+from keel_trainer.store import UNREACHABLE, RunLostError, RunStore, connect
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fencing-token", required=True, type=int, help="token of the lease")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--weights", type=Path, help="folder for weights by reference")
+    parser.add_argument("--blobs", help="folder or URL of what is too large for the queue")
     parser.add_argument("--threads", default=1, type=int, help="torch threads; enters the rounding")
     args = parser.parse_args(argv)
     logging.basicConfig(
@@ -42,28 +45,44 @@ def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     store = RunStore(connect(args.redis), args.run, args.fencing_token)
     try:
-        if store.read().phase.final:
-            # killed after its last write
-            store.drop_streams()
-            return 0
-        reading = connect(args.redis, retries=0)
-        TrainingRun.open(
-            store, reading, args.runs / args.run, device=args.device, weights=args.weights
-        ).train()
-        store.end(Phase.SUCCEEDED)
-    except CancelledError:
-        log.info("cancelled")
-        store.end(Phase.CANCELLED)
+        return _train(store, args)
     except FencedError as error:
         log.warning("%s", error)
+    except RunLostError as error:
+        log.error("stopped: %s; its checkpoints stay in %s", error, args.runs / args.run)
     except UNREACHABLE as error:
         log.warning("Redis is away, giving up for now: %s", error)
         return 1
+    return 0
+
+
+def _train(store: RunStore, args: argparse.Namespace) -> int:
+    blobs = BlobStore(args.blobs) if args.blobs else None
+    try:
+        if store.read().phase.final:
+            # killed after its last write
+            store.drop_streams()
+        else:
+            TrainingRun.open(
+                store,
+                connect(args.redis, retries=0),
+                args.runs / args.run,
+                device=args.device,
+                weights=args.weights,
+                blobs=blobs,
+            ).train()
+            store.end(Phase.SUCCEEDED)
+    except CancelledError:
+        log.info("cancelled")
+        store.end(Phase.CANCELLED)
+    except (FencedError, RunLostError, *UNREACHABLE):
+        raise
     except Exception as error:
         # whatever it was, its user must read it in the record
         log.exception("run failed")
         text = str(error) if isinstance(error, KeelError) else f"{type(error).__name__}: {error}"
         store.end(Phase.FAILED, error=text)
+    drop_blobs(blobs, args.run)
     return 0
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import grpc
 
+from keel.blobs import BlobStore
 from keel.errors import FencedError, InvalidField, StateError
 from keel.record import Desired, Phase, RunRecord
 from keel.trainer.v1 import trainer_service_pb2 as pb
 from keel.trainer.v1 import trainer_service_pb2_grpc as pb_grpc
-from keel_trainer.store import UNREACHABLE, RunStore, connect
+from keel_trainer.storage import drop_blobs
+from keel_trainer.store import UNREACHABLE, RunLostError, RunStore, connect
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class ChildOptions:
     threads: int
     weights: Path | None = None
     """Folder for weights by reference."""
+    blobs: str = ""
+    """Folder or URL of what is too large for the queue."""
 
     def argv(self, run: str, fencing_token: int) -> list[str]:
         """The child's command line; what is secret goes by `env`."""
@@ -50,6 +54,7 @@ class ChildOptions:
             *("--runs", str(self.runs), "--fencing-token", str(fencing_token)),
             *("--device", self.device, "--threads", str(self.threads)),
             *(("--weights", str(self.weights)) if self.weights else ()),
+            *(("--blobs", self.blobs) if self.blobs else ()),
         ]
 
     def env(self) -> dict[str, str]:
@@ -66,6 +71,7 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
         self._options = options
         self._redis = connect(options.redis_url, retries=3)
         self._children: dict[str, asyncio.Task[None]] = {}
+        self._blobs = BlobStore(options.blobs) if options.blobs else None
 
     async def StartRun(
         self, request: pb.StartRunRequest, context: grpc.aio.ServicerContext
@@ -99,6 +105,7 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
             if not record.phase.final:
                 store = self._store(request.run, request.fencing_token)
                 await asyncio.to_thread(store.end, Phase.CANCELLED)
+                await asyncio.to_thread(drop_blobs, self._blobs, request.run)
             view = self._view(await self._record(request.run))
         return pb.CancelRunResponse(run=view)
 
@@ -149,13 +156,18 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
                 return
             log.warning("run %s: child %d ended with status %d", run, child.pid, status)
             await asyncio.sleep(_RESTART_DELAY_S)
-            before, progress = progress, await self._progress(run)
+            try:
+                before, progress = progress, await self._progress(run)
+            except RunLostError as lost:
+                log.error("run %s is not started again: %s", run, lost)
+                return
             failures = failures + 1 if progress == before else 1
         if (await self._record(run)).phase.final:
             return
         store = self._store(run, fencing_token)
         error = f"its training process died {failures} times in one place, with status {status}"
         await asyncio.to_thread(store.end, Phase.FAILED, error=error)
+        await asyncio.to_thread(drop_blobs, self._blobs, run)
 
     async def _progress(self, run: str) -> tuple[int, int] | None:
         """Supervised and optimizer steps done; None while Redis is away."""

@@ -34,6 +34,31 @@ log = logging.getLogger(__name__)
 Row = dict[str, float | int | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one slot holds, checked."""
+
+    sequences: list[TrainSequence]
+    """[G]; empty where the slot is VOID."""
+    lap: int
+    slot: int
+    engine: str
+    """Address of the engine that sampled it."""
+    generate_s: float
+    """Seconds of generation, from the lap's first request."""
+    void_reason: str = ""
+
+    @classmethod
+    def void(cls, lap: int, slot: int, reason: str) -> Group:
+        """A slot with nothing to train on."""
+        return cls([], lap, slot, engine="", generate_s=0.0, void_reason=reason)
+
+    @property
+    def trained(self) -> bool:
+        """Some of it is trained on."""
+        return any(sequence.valid for sequence in self.sequences)
+
+
 @dataclass(slots=True)
 class MiniBatch:
     """B groups, cut into micro-batches that scoring and update share."""
@@ -57,39 +82,22 @@ class MiniBatch:
     @classmethod
     def assemble(
         cls,
-        envelopes: Sequence[sequence_pb2.Envelope],
+        slots: Sequence[Group],
         spec: RunSpec,
         *,
-        vocab_size: int,
-        routes: RouteShape | None,
-        routes_needed: bool = False,
         trainer_version: int,
         device: str,
         show: bool = False,
     ) -> MiniBatch:
-        """Decodes and cuts the groups of one mini-batch, given in slot order.
+        """Cuts the groups of one mini-batch, given in slot order.
 
         Args:
-            routes: shape of the routes that sequences bring; None: a dense model.
-            routes_needed: every sequence must bring them. Otherwise the groups of an engine that
-                reports none are as good as any, and only the comparison of routes is not made.
             trainer_version: version of the weights that will be updated first.
             show: fill `shown`.
-
-        Raises:
-            WireError: an envelope is malformed.
         """
         began = time.perf_counter()
-        groups = [
-            _decode_group(
-                envelope,
-                spec,
-                vocab_size,
-                routes if routes_needed or _has_routes(envelope) else None,
-            )
-            for envelope in envelopes
-        ]
-        _report_invalid(groups, envelopes)
+        _report_invalid(slots)
+        groups = [slot.sequences for slot in slots]
         everything = [sequence for group in groups for sequence in group]
         rewards_N = torch.tensor([s.reward if s.valid else 0.0 for s in everything])
         groups_N = torch.tensor(
@@ -109,15 +117,14 @@ class MiniBatch:
             )
             for cut in cuts
         ]
-        engines = [envelope.group.engine for envelope in envelopes]
-        engines_N = [engine for engine, group in zip(engines, groups, strict=True) for _ in group]
+        engines_N = [slot.engine for slot in slots for _ in slot.sequences]
         row = _data_row(
             groups,
             everything,
             sequences,
             trainer_version,
             [verifier.part for verifier in spec.task.verifiers],
-        ) | _engine_row(engines, groups)
+        ) | _engine_row(slots)
         return cls(
             micros=micros,
             engines=[[engines_N[kept[i]] for i in cut] for cut in cuts],
@@ -129,7 +136,7 @@ class MiniBatch:
             ),
             temperature=spec.rollout.temperature,
             row=row,
-            generate_s=max((e.group.generate_s for e in envelopes), default=0.0),
+            generate_s=max((slot.generate_s for slot in slots), default=0.0),
             shown=samples.choose(groups, advantages_N.tolist(), cuts) if show else [],
             score_s=time.perf_counter() - began,
         )
@@ -270,14 +277,29 @@ def decode_demonstrations(envelope: sequence_pb2.Envelope, vocab_size: int) -> l
     ]
 
 
-def _decode_group(
-    envelope: sequence_pb2.Envelope, spec: RunSpec, vocab_size: int, routes: RouteShape | None
-) -> list[TrainSequence]:
-    """The sequences of a slot; none of a VOID one, and none valid where fewer than two are."""
+def decode_group(
+    envelope: sequence_pb2.Envelope,
+    spec: RunSpec,
+    *,
+    vocab_size: int,
+    routes: RouteShape | None,
+    routes_needed: bool = False,
+) -> Group:
+    """What a slot holds: no sequence where it is VOID, none valid where fewer than two are.
+
+    Args:
+        routes: shape of the routes that sequences bring; None: a dense model.
+        routes_needed: every sequence must bring them. Otherwise the group of an engine that reports
+            none is as good as any, and only the comparison of routes is not made.
+
+    Raises:
+        WireError: the envelope is malformed.
+    """
     kind = envelope.WhichOneof("payload")
+    lap, slot = envelope.id.lap, envelope.id.slot
     if kind == "void":
-        return []
-    place = f"slot {envelope.id.lap}/{envelope.id.slot}"
+        return Group.void(lap, slot, envelope.void.reason)
+    place = f"slot {lap}/{slot}"
     if kind != "group":
         raise WireError(f"{place}: payload {kind} is not valid; valid: group or void")
     if len(envelope.group.sequences) != spec.rollout.group_size:
@@ -285,15 +307,16 @@ def _decode_group(
             f"{place}: {len(envelope.group.sequences)} sequences are not valid; "
             f"valid: {spec.rollout.group_size}"
         )
+    wanted = routes if routes_needed or _has_routes(envelope) else None
     group = []
     for index, sequence in enumerate(envelope.group.sequences):
         field = f"{place} sequences[{index}]"
         _check_sampling(sequence.sampling, spec.rollout.temperature, f"{field}.sampling")
-        group.append(decode_sequence(sequence, vocab_size=vocab_size, routes=routes, field=field))
+        group.append(decode_sequence(sequence, vocab_size=vocab_size, routes=wanted, field=field))
     if sum(sequence.valid for sequence in group) < 2:
         lonely = "fewer than two of its group are valid"
-        return [replace(s, valid=False, invalid_reason=s.invalid_reason or lonely) for s in group]
-    return group
+        group = [replace(s, valid=False, invalid_reason=s.invalid_reason or lonely) for s in group]
+    return Group(group, lap, slot, envelope.group.engine, envelope.group.generate_s)
 
 
 def _has_routes(envelope: sequence_pb2.Envelope) -> bool:
@@ -320,16 +343,14 @@ def _check_sampling(sampling: sequence_pb2.SamplingParams, temperature: float, f
         )
 
 
-def _report_invalid(
-    groups: Sequence[Sequence[TrainSequence]], envelopes: Sequence[sequence_pb2.Envelope]
-) -> None:
+def _report_invalid(slots: Sequence[Group]) -> None:
     """Says what is not trained on, and why."""
-    for group, envelope in zip(groups, envelopes, strict=True):
-        reasons = [s.invalid_reason for s in group if not s.valid]
-        if not group:
-            reasons = [f"VOID: {envelope.void.reason}"]
+    for slot in slots:
+        reasons = [s.invalid_reason for s in slot.sequences if not s.valid]
+        if not slot.sequences:
+            reasons = [f"VOID: {slot.void_reason}"]
         if reasons:
-            place = (envelope.id.lap, envelope.id.slot)
+            place = (slot.lap, slot.slot)
             log.warning("slot %d/%d: %d left out: %s", *place, len(reasons), reasons[0])
 
 
@@ -358,13 +379,9 @@ def _data_row(
     }
 
 
-def _engine_row(engines: Sequence[str], groups: Sequence[Sequence[TrainSequence]]) -> Row:
+def _engine_row(slots: Sequence[Group]) -> Row:
     """Groups that are trained on, by the engine that sampled them."""
-    trained = [
-        engine
-        for engine, group in zip(engines, groups, strict=True)
-        if engine and any(sequence.valid for sequence in group)
-    ]
+    trained = [slot.engine for slot in slots if slot.engine and slot.trained]
     return {f"engine/groups/{engine}": count for engine, count in sorted(Counter(trained).items())}
 
 

@@ -1,21 +1,34 @@
-"""The trainer's side of Redis: run record, metric rows, samples, fingerprints of versions."""
+"""The trainer's side of Redis: run record, metric rows, samples, versions, acknowledgement.
+
+What belongs to a run is written only while its record is there: where Redis has lost it, nothing
+may look as if the run went on.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
+from keel.blobs import Stream
 from keel.checkpoints import CheckpointInfo, encode_checkpoints
+from keel.dead_letters import DeadLetter
 from keel.errors import FencedError, IntegrityError, NotFound
 from keel.metrics import encode_row, evaluation_field, row_field
 from keel.queue import (
+    CONSUMER_GROUP,
+    SlotKey,
+    bytes_key,
     checkpoints_key,
+    dead_envelopes_key,
+    dead_letters_key,
     demos_key,
+    failures_key,
     groups_key,
     metrics_key,
     run_key,
@@ -24,6 +37,8 @@ from keel.queue import (
 )
 from keel.record import Phase, RunRecord, pack_fields
 from keel.samples import Sample, sample_field
+
+log = logging.getLogger(__name__)
 
 UNREACHABLE = (
     redis.ConnectionError,
@@ -39,32 +54,56 @@ def connect(url: str, *, retries: int = 20) -> redis.Redis:
     return redis.Redis.from_url(url, retry=retry, retry_on_error=list(UNREACHABLE))
 
 
+_FULL = ("OOM command not allowed", "MISCONF", "READONLY")
+"""Redis is up and takes no writes: its memory or its disk is full, or it is a replica now."""
+_FULL_RETRY_S = 2.0
+_HSET_IF = """
+if redis.call("EXISTS", KEYS[1]) == 0 then return -1 end
+return redis.call("HSET", KEYS[2], unpack(ARGV))
+"""
+
+Result = TypeVar("Result")
+
+
+class RunLostError(NotFound):
+    """Redis does not know the run."""
+
+
 class RunStore:
     """One run in Redis. Reading the record checks the lease that the caller holds."""
 
     def __init__(self, client: redis.Redis, run: str, fencing_token: int) -> None:
-        self.redis, self.run, self._token = client, run, fencing_token
+        self.redis, self.run, self.token = client, run, fencing_token
+        self._hset_if = client.register_script(_HSET_IF)
+        self._told = ""
 
     def read(self) -> RunRecord:
-        """The record now. Raises NotFound, or FencedError if another trainer has the lease."""
+        """The record now. Raises RunLostError, or FencedError if another trainer has the lease."""
         raw: Mapping[bytes, bytes] = self.redis.hgetall(run_key(self.run))  # type: ignore[assignment]
         if not raw:
-            raise NotFound(f"run {self.run!r} has no record in Redis")
+            raise self._lost()
         record = RunRecord.from_hash(self.run, raw)
-        if record.fencing_token > self._token:
+        if record.fencing_token > self.token:
             raise FencedError(
-                f"run {self.run!r}: lease {self._token} is over, {record.fencing_token} has it now"
+                f"run {self.run!r}: lease {self.token} is over, {record.fencing_token} has it now"
             )
         return record
 
     def write(self, **fields: object) -> None:
-        """Sets fields of the record (`keel.record.pack_fields`)."""
-        mapping: Mapping[Any, Any] = pack_fields(**fields)
-        self.redis.hset(run_key(self.run), mapping=mapping)
+        """Sets fields of the record (`keel.record.pack_fields`). RunLostError if there is none."""
+        self._hset(run_key(self.run), pack_fields(**fields))
+
+    def tell(self, trouble: str) -> None:
+        """Says in the record, and in the log, why the run stands still; empty: it goes on."""
+        if trouble == self._told:
+            return
+        log.warning("%s", trouble or f"over: {self._told}")
+        self.write(trouble=trouble)
+        self._told = trouble
 
     def write_row(self, attempt: int, step: int, row: Mapping[str, float | int | None]) -> None:
         """Writes the row of a step; written again, it replaces itself."""
-        self.redis.hset(metrics_key(self.run), row_field(attempt, step), encode_row(row))
+        self._hset(metrics_key(self.run), {row_field(attempt, step): encode_row(row)})
 
     def write_samples(self, attempt: int, step: int, samples: Sequence[Sample]) -> None:
         """Writes the samples of a step, all at once; written again, they replace themselves."""
@@ -73,11 +112,12 @@ class RunStore:
             for index, sample in enumerate(samples)
         }
         if mapping:
-            self.redis.hset(samples_key(self.run), mapping=mapping)
+            self._hset(samples_key(self.run), mapping)
 
     def write_checkpoints(self, checkpoints: Sequence[CheckpointInfo]) -> None:
         """Replaces the list of checkpoints that exist."""
-        self.redis.set(checkpoints_key(self.run), encode_checkpoints(checkpoints))
+        encoded = encode_checkpoints(checkpoints)
+        self._insist(lambda: self.redis.set(checkpoints_key(self.run), encoded))
 
     def evaluated(self, attempt: int, step: int) -> bool:
         """The collector's evaluation after `step` is there."""
@@ -85,12 +125,56 @@ class RunStore:
 
     def end(self, phase: Phase, *, error: str = "") -> None:
         """Writes the final phase; what is left in the run's streams goes."""
-        self.write(phase=phase, error=error, finished_s=time.time())
+        self.write(phase=phase, error=error, trouble="", finished_s=time.time())
         self.drop_streams()
 
     def drop_streams(self) -> None:
         """Removes demonstrations and groups: nobody will train on them."""
-        self.redis.delete(demos_key(self.run), groups_key(self.run))
+        streams = (demos_key(self.run), groups_key(self.run))
+        about = [of(stream) for stream in streams for of in (bytes_key, failures_key)]
+        self._insist(lambda: self.redis.delete(*streams, *about))
+
+    def make_stream(self, stream: str) -> None:
+        """Makes a stream with its consumer group, unless they are there."""
+        try:
+            self._insist(
+                lambda: self.redis.xgroup_create(stream, CONSUMER_GROUP, id="0", mkstream=True)
+            )
+        except redis.ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
+
+    def acknowledge(self, stream: str, entries: Sequence[tuple[bytes, SlotKey | None]]) -> None:
+        """Acknowledges and deletes entries, with what is kept about them, all at once."""
+        ids = [entry_id for entry_id, _ in entries]
+        slots = {str(slot) for _, slot in entries if slot is not None}
+
+        def remove() -> None:
+            with self.redis.pipeline(transaction=True) as pipe:
+                pipe.xack(stream, CONSUMER_GROUP, *ids)
+                pipe.xdel(stream, *ids)
+                pipe.hdel(failures_key(stream), *[entry_id.decode() for entry_id in ids])
+                if slots:
+                    pipe.hdel(bytes_key(stream), *slots)
+                pipe.execute()
+
+        if ids:
+            self._insist(remove)
+
+    def count_failure(self, stream: Stream, entry: str) -> int:
+        """Counts one more failure to read an entry; returns how many there were."""
+        key = failures_key(demos_key(self.run) if stream == "demos" else groups_key(self.run))
+        return int(self._insist(lambda: self.redis.hincrby(key, entry, 1)))
+
+    def dead_letters(self) -> Mapping[bytes, bytes]:
+        """See `keel.dead_letters`."""
+        return self.redis.hgetall(dead_letters_key(self.run))  # type: ignore[return-value]
+
+    def write_dead_letter(self, letter: DeadLetter, envelope: bytes | None) -> None:
+        """Keeps what is known of an entry that was given up, and its bytes if it held them."""
+        if envelope is not None:
+            self._hset(dead_envelopes_key(self.run), {letter.field: envelope})
+        self._hset(dead_letters_key(self.run), {letter.field: letter.model_dump_json()})
 
     def newest_version(self) -> int:
         """The highest version that was ever made; -1 before the first."""
@@ -103,11 +187,35 @@ class RunStore:
             IntegrityError: the number was used for other bits.
         """
         text = f"{fingerprint:016x}"
-        if self.redis.hsetnx(versions_key(self.run), str(version), text):
+        key = versions_key(self.run)
+        if self._insist(lambda: self.redis.hsetnx(key, str(version), text)):
             return
-        known = self.redis.hget(versions_key(self.run), str(version))
+        known = self.redis.hget(key, str(version))
         if known != text.encode():
             raise IntegrityError(
                 f"version {version} was published as {known!r} and has come out as {text} now: "
                 "this machine does not repeat its numbers (other CPU type or thread count?)"
             )
+
+    def _hset(self, key: str, mapping: Mapping[Any, Any]) -> None:
+        pairs = [part for pair in mapping.items() for part in pair]
+        keys = [run_key(self.run), key]
+        if self._insist(lambda: self._hset_if(keys=keys, args=pairs)) == -1:
+            raise self._lost()
+
+    def _lost(self) -> RunLostError:
+        return RunLostError(
+            f"run {self.run!r} has no record in Redis: Redis has lost its data (restarted without "
+            "its append-only file?), or the run was removed"
+        )
+
+    def _insist(self, operation: Callable[[], Result]) -> Result:
+        """The result of a write that may repeat, however long Redis takes none."""
+        while True:
+            try:
+                return operation()
+            except redis.ResponseError as error:
+                if not any(sign in str(error) for sign in _FULL):
+                    raise
+                log.warning("Redis takes no writes, again in %.0f s: %s", _FULL_RETRY_S, error)
+                time.sleep(_FULL_RETRY_S)
