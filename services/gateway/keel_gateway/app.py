@@ -13,7 +13,7 @@ from keel_gateway import problems
 from keel_gateway.events import events_after
 from keel_gateway.feeds import Feeds
 from keel_gateway.registry import Registry
-from keel_gateway.routers import engines, events, health, jobs, telemetry
+from keel_gateway.routers import engines, events, groups, health, jobs, telemetry
 from keel_gateway.scheduler import Scheduler
 from keel_gateway.settings import Settings
 from keel_gateway.store import Store, connect
@@ -66,6 +66,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.store, app.state.registry, app.state.scheduler = store, registry, scheduler
     app.state.feeds = feeds
     problems.install(app)
-    for module in (jobs, events, engines, health, telemetry):
+    for module in (jobs, events, groups, engines, health, telemetry):
         app.include_router(module.router)
     return app

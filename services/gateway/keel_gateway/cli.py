@@ -25,6 +25,7 @@ from keel_gateway import cli_engines
 from keel_gateway.cli_export import export
 from keel_gateway.cli_group import EXIT_STATUSES, FAILED, KeelGroup, err, exit_for, out, show_json
 from keel_gateway.cli_init import init
+from keel_gateway.cli_ledger import dead_letters, ledger
 from keel_gateway.cli_log import Offline, TensorBoardDir, WandbDir, WandbProject, chosen, log
 from keel_gateway.cli_options import Device, File, JobName, Json, Set, Threads, Url
 from keel_gateway.cli_report import compare_jobs, report
@@ -37,7 +38,7 @@ from keel_gateway.run_local import run_local
 from keel_gateway.schemas import Job
 from keel_gateway.stack import Stack
 from keel_gateway.summary import duration
-from keel_gateway.watch import POLL_S, watch, write_events
+from keel_gateway.watch import POLL_S, dead_letters_note, watch, write_events
 
 app = typer.Typer(
     cls=KeelGroup,
@@ -123,7 +124,7 @@ def jobs(
     table = Table("Job", "Phase", "Step", "Age", "Note", box=None, header_style="dim")
     for job in found:
         age = duration((datetime.now(UTC) - job.created_at).total_seconds())
-        note = job.error or job.reason
+        note = "; ".join(filter(None, [job.error or job.reason, dead_letters_note(job)]))
         table.add_row(job.id, str(job.phase), f"{job.step}/{job.steps}", age, escape(note))
     return out.print(table if found else "No jobs yet: keel submit FILE")
 
@@ -234,6 +235,8 @@ def run(
     exit_for(job)
 
 
+app.command()(ledger)
+app.command("dead-letters")(dead_letters)
 app.command()(log)
 app.command()(samples)
 app.command()(init)

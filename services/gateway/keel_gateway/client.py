@@ -19,6 +19,7 @@ from urllib.parse import quote
 import httpx
 
 from keel.checkpoints import CheckpointInfo
+from keel.dead_letters import DeadLetter
 from keel.errors import InvalidField, KeelError
 from keel.metrics import Row
 from keel.samples import Sample
@@ -26,10 +27,12 @@ from keel.spec import RunSpec
 from keel_gateway.listen import Event, parse_events
 from keel_gateway.schemas import (
     CheckpointList,
+    DeadLetterList,
     Engine,
     EngineList,
     Job,
     JobList,
+    Ledger,
     Metrics,
     Readiness,
     Samples,
@@ -196,6 +199,25 @@ class GatewayClient:
         """The checkpoints that exist, the oldest first."""
         answer = self._call("GET", f"{_path(run)}/checkpoints")
         return CheckpointList.model_validate(answer).checkpoints
+
+    def dead_letters(self, run: str) -> list[DeadLetter]:
+        """What the job's trainer gave up, in the order of slots."""
+        answer = self._call("GET", f"{_path(run)}/dead-letters")
+        return DeadLetterList.model_validate(answer).dead_letters
+
+    def dead_letter_bytes(self, run: str, letter: DeadLetter) -> bytes | None:
+        """The envelope of a dead letter; None: it was in the blob store."""
+        try:
+            path = f"{letter.stream}/{quote(letter.entry, safe='')}"
+            return self._answer("GET", f"{_path(run)}/dead-letters/{path}").content
+        except ProblemError as error:
+            if error.status_code != httpx.codes.NOT_FOUND:
+                raise
+            return None
+
+    def ledger(self, run: str) -> Ledger:
+        """What the job's weights are made of, and whether that is right."""
+        return Ledger.model_validate(self._call("GET", f"{_path(run)}/ledger"))
 
     def metrics(self, run: str, *, after: int = -1) -> Metrics:
         """Every row of a step after `after`, and the newest evaluation."""

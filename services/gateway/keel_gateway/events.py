@@ -131,4 +131,5 @@ def _fingerprint(job: Job) -> str:
     """Of what makes a job event when it changes."""
     done = job.cold_start_step * COLD_START_PARTS // max(1, job.cold_start_steps)
     state = [job.phase, job.desired, job.paused, job.reason, job.error, job.attempt, job.trainer]
+    state.append(job.dead_letters)
     return f"{xxh3(json.dumps([*state, job.engines, job.artifact, job.model, done]).encode()):016x}"

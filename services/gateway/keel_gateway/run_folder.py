@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keel import ledger
 from keel.errors import InvalidField
 from keel.metrics import Row
 
 JOB, METRICS, SAMPLES = "job.json", "metrics.jsonl", "samples.jsonl"
+LEDGER = ledger.FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def is_run_path(text: str) -> bool:
     return (
         "/" in text
         or path.suffix == ".jsonl"
-        or any((path / name).is_file() for name in (JOB, METRICS))
+        or any((path / name).is_file() for name in (JOB, METRICS, LEDGER))
     )
 
 

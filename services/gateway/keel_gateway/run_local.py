@@ -18,7 +18,7 @@ from keel_gateway.client import GatewayClient
 from keel_gateway.follow import View, follow
 from keel_gateway.page import write_page
 from keel_gateway.report import build_report
-from keel_gateway.run_folder import JOB, METRICS, SAMPLES, RunData, write_run
+from keel_gateway.run_folder import JOB, LEDGER, METRICS, SAMPLES, RunData, write_run
 from keel_gateway.schemas import Job
 from keel_gateway.sinks.base import Open, logged, opened
 from keel_gateway.stack import Stack
@@ -43,7 +43,7 @@ def run_local(
 ) -> Job:
     """Runs `spec` on a stack of its own and leaves what came of it in `out`.
 
-    Job, metrics, samples, report and model; of a run that fails all but the
+    Job, metrics, samples, ledger, report and model; of a run that fails all but the
     model. Returns the job as it ended.
 
     Args:
@@ -88,7 +88,7 @@ def prepare(out: Path) -> None:
         raise InvalidField("--out", str(out), "a new or empty folder, or that of an earlier run")
     if there:
         lock_folder(stack, "--out").close()
-    for name in {JOB, METRICS, SAMPLES, REPORT} & there:
+    for name in {JOB, LEDGER, METRICS, SAMPLES, REPORT} & there:
         (out / name).unlink()
     for name in (MODEL, STACK):  # the mark that the folder is ours goes last
         if name in there:
@@ -96,11 +96,14 @@ def prepare(out: Path) -> None:
 
 
 def leave(job: Job, rows: list[Row], samples: list[Sample], out: Path) -> None:
-    """Writes job.json, metrics.jsonl, samples.jsonl and report.html."""
+    """Writes job.json, metrics.jsonl, samples.jsonl, ledger.jsonl and report.html."""
     run = RunData(
         job.model_dump(mode="json"), rows, [sample.model_dump(mode="json") for sample in samples]
     )
     write_run(out, run)
+    ledger = Path(job.artifact).parent / LEDGER
+    if job.artifact and ledger.is_file():
+        shutil.copyfile(ledger, out / LEDGER)
     write_page(out / REPORT, build_report(run))
 
 

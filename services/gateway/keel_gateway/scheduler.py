@@ -68,7 +68,8 @@ class Scheduler:
     def job(self, record: RunRecord) -> Job:
         """The run as the REST interface shows it."""
         states = fleet_view.states(record, self._registry.engines)
-        return Job.from_record(record, self.reason(record), states)
+        dead = self._store.dead_letter_count(record.run)
+        return Job.from_record(record, self.reason(record), states, dead)
 
     def reason(self, record: RunRecord) -> str:
         """Why a run does not go on, for people to read; empty where it does, or has ended."""

@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from pydantic import BaseModel, ConfigDict, Field
 
 from keel.checkpoints import CheckpointInfo
+from keel.dead_letters import DeadLetter
 from keel.fleet import EngineState
 from keel.metrics import COLUMNS
 from keel.record import Desired, Phase, RunRecord
@@ -74,10 +75,16 @@ class Job(_Answer):
     """Folder of the final model, on the trainer's disk."""
     error: str
     """Why it failed."""
+    dead_letters: int = 0
+    """Groups and demonstrations that its trainer could not read and gave up."""
 
     @classmethod
     def from_record(
-        cls, record: RunRecord, reason: str, engine_states: Mapping[str, EngineState]
+        cls,
+        record: RunRecord,
+        reason: str,
+        engine_states: Mapping[str, EngineState],
+        dead_letters: int = 0,
     ) -> Self:
         """The job of a record."""
         spec = record.spec
@@ -107,6 +114,7 @@ class Job(_Answer):
             artifact=record.artifact,
             model=record.model,
             error=record.error or record.collector_error,
+            dead_letters=dead_letters,
         )
 
 
@@ -140,6 +148,73 @@ class Samples(_Answer):
 
     samples: list[Sample]
     """By step, slot and sample, ascending; all of a step's, or none."""
+
+
+class DeadLetterList(_Answer):
+    """What a job's trainer gave up."""
+
+    dead_letters: list[DeadLetter]
+    """In the order of slots."""
+
+
+class LedgerLap(_Answer):
+    """What a lap was made of."""
+
+    lap: int | None
+    """From 0; null: the cold start, whose groups are batches of demonstrations."""
+    first_step: int | None
+    """First of its steps; null, like the next, where only an attempt that a crash has undone is
+    known."""
+    last_step: int | None
+    """Last of them so far."""
+    trained: int
+    """Groups trained on."""
+    void: int
+    """Slots with nothing to train on."""
+    dead: int
+    """Slots given up as dead letters."""
+    again: int
+    """Groups of it that were trained on again because a crash had undone them."""
+    takeovers: int
+    """Training processes that began, or went on, in it."""
+    checkpoint: bool
+    """One was written at its end, or in the cold start."""
+
+
+class Ledger(_Answer):
+    """What a job's weights are made of: an audit of the ledger that its trainer has written."""
+
+    path: str
+    """The file."""
+    steps: int
+    """Optimizer steps done."""
+    cold_start_steps: int
+    """Supervised steps done."""
+    trained: int
+    """Groups trained on, each counted once."""
+    void: int
+    """Slots with nothing to train on."""
+    dead: int
+    """Slots given up as dead letters."""
+    takeovers: int
+    """Training processes after the first."""
+    again: int
+    """Groups that were trained on again because a crash had undone them."""
+    lost: list[str]
+    """Slots that a step should have used and did not. Empty, like the next two, if all is well."""
+    twice: list[str]
+    """Slots and entries that count in two places."""
+    changed: list[str]
+    """Slots that had other bytes when they were trained on again."""
+    verdict: str
+    """In a sentence: 960 groups trained, 0 lost, 0 twice."""
+    laps: list[LedgerLap]
+    """The cold start, if there was one, then every lap."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Everything that should not be."""
+        return [*self.lost, *self.twice, *self.changed]
 
 
 class Engine(_Answer):

@@ -19,6 +19,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import WatchError
 
 from keel.checkpoints import CheckpointInfo, decode_checkpoints
+from keel.dead_letters import DeadLetter, parse_dead_letters
 from keel.errors import WireError
 from keel.metrics import Row, evaluation_field, fields_after, merge_rows, row_field, whole
 from keel.queue import (
@@ -26,6 +27,8 @@ from keel.queue import (
     FENCING_KEY,
     RUNS_KEY,
     checkpoints_key,
+    dead_envelopes_key,
+    dead_letters_key,
     demos_key,
     groups_key,
     metrics_key,
@@ -77,6 +80,7 @@ class Store:
         self._redis = redis
         self._continuity = Continuity(redis)
         self._last_token = 0
+        self._dead_letters: dict[str, int] = {}
         self._ended: dict[str, Phase] = {}  # such a phase stays: these need no more reading
 
     async def probe(self) -> None:
@@ -115,7 +119,11 @@ class Store:
 
     async def get(self, run: str) -> RunRecord:
         """The record of `run`, or NotFound."""
-        return await self._record(run, await _hgetall(self._redis, run))
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hgetall(run_key(run))
+            pipe.hlen(dead_letters_key(run))
+            raw, self._dead_letters[run] = await pipe.execute()
+        return await self._record(run, raw)
 
     async def newest(self, limit: int) -> list[RunRecord]:
         """At most `limit` records, the last submitted first; unreadable ones are left out."""
@@ -209,6 +217,20 @@ class Store:
         value = await self._redis.get(checkpoints_key(run))
         return decode_checkpoints(cast(bytes | None, value))
 
+    def dead_letter_count(self, run: str) -> int:
+        """How many dead letters the run had when it was last read."""
+        return self._dead_letters.get(run, 0)
+
+    async def dead_letters(self, run: str) -> list[DeadLetter]:
+        """What the run's trainer gave up, in the order of slots."""
+        raw = await cast(Awaitable[dict[bytes, bytes]], self._redis.hgetall(dead_letters_key(run)))
+        return parse_dead_letters(raw)
+
+    async def dead_envelope(self, run: str, field: str) -> bytes | None:
+        """The bytes of a dead letter; None: there are none."""
+        reply = self._redis.hget(dead_envelopes_key(run), field)
+        return await cast(Awaitable[bytes | None], reply)
+
     async def samples(self, record: RunRecord, *, after: int, limit: int) -> list[Sample]:
         """Samples of steps after `after`, ascending; whole steps, at least one, up to `limit`."""
         names = cast(list[bytes], await self._redis.hkeys(samples_key(record.run)))
@@ -296,9 +318,11 @@ class Store:
         async with self._redis.pipeline(transaction=False) as pipe:
             for run in runs:
                 pipe.hgetall(run_key(run))
-            hashes = await pipe.execute() if runs else []
+                pipe.hlen(dead_letters_key(run))
+            found = await pipe.execute() if runs else []
         records = []
-        for run, raw in zip(runs, hashes, strict=True):
+        for run, raw, dead in zip(runs, found[::2], found[1::2], strict=True):
+            self._dead_letters[run] = dead
             try:
                 if b"spec" in raw:
                     records.append(RunRecord.from_hash(run, raw))

@@ -48,7 +48,7 @@ def write_events(views: Iterable[View]) -> Job:
             if told.get(row["step"]) != row:
                 told[row["step"]] = dict(row)  # a view's rows grow in place
                 show_json({"event": "row", "row": row})
-        now = (job.phase, job.desired, job.paused, job.reason, job.error)
+        now = (job.phase, job.desired, job.paused, job.reason, job.error, job.dead_letters)
         if now != state:
             state = now
             show_json({"event": "job", "job": job.model_dump(mode="json")})
@@ -66,7 +66,13 @@ def _plain(views: Iterable[View], console: Console) -> Job:
     told: tuple[object, ...] | None = None
     told_s = 0.0
     for view in views:
-        state = (view.job.phase, view.job.desired, view.job.reason, view.lost)
+        state = (
+            view.job.phase,
+            view.job.desired,
+            view.job.reason,
+            view.lost,
+            view.job.dead_letters,
+        )
         if state != told or time.monotonic() - told_s >= PLAIN_EVERY_S:
             console.print(line(view), soft_wrap=True, markup=False, highlight=False)
             told, told_s = state, time.monotonic()
@@ -158,7 +164,15 @@ def _notes(view: View) -> list[str]:
     job = view.job
     cancelling = job.desired == "CANCELLED" and not job.phase.final
     notes = ["it was cancelled and is stopping" if cancelling else "", job.reason, view.lost]
-    return [note for note in [*notes, job.error] if note]
+    return [note for note in [*notes, job.error, dead_letters_note(job)] if note]
+
+
+def dead_letters_note(job: Job) -> str:
+    """What to tell of a job whose trainer gave up groups; empty if it did not."""
+    if not job.dead_letters:
+        return ""
+    letters = "1 dead letter" if job.dead_letters == 1 else f"{job.dead_letters} dead letters"
+    return f"{letters}: keel dead-letters {job.id}"
 
 
 def _grid(found: Sequence[tuple[str, str]]) -> Table:
