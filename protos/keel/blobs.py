@@ -101,6 +101,14 @@ class BlobStore:
                 with contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(f"{self._folder(run)}/{name}")
 
+    def runs(self) -> list[str]:
+        """Runs that have blobs, or had."""
+        try:
+            listed = self._fs.ls(self._path, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for path in listed if _RUN.fullmatch(name := PurePosixPath(path).name))
+
     def remove_run(self, run: str) -> None:
         """Removes all blobs of a run, and its folder."""
         with contextlib.suppress(FileNotFoundError):

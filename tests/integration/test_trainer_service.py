@@ -17,7 +17,8 @@ from faults import training_process
 from rediskit import start_redis
 
 from keel import rpc
-from keel.queue import run_key
+from keel.blobs import BlobStore
+from keel.queue import SlotKey, run_key
 from keel.record import Desired, Phase, RunRecord
 from keel.spec import parse_spec
 from keel.trainer.v1 import trainer_service_pb2 as pb
@@ -30,7 +31,9 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextmanager
-def trainer(redis_url: str, folder: Path) -> Iterator[tuple[grpc.Channel, subprocess.Popen[bytes]]]:
+def trainer(
+    redis_url: str, folder: Path, *flags: str
+) -> Iterator[tuple[grpc.Channel, subprocess.Popen[bytes]]]:
     """A trainer process, and a channel to it."""
     log = folder / "trainer.log"
     with log.open("wb") as file:
@@ -38,6 +41,7 @@ def trainer(redis_url: str, folder: Path) -> Iterator[tuple[grpc.Channel, subpro
             [
                 *(sys.executable, "-m", "keel_trainer.main", "--listen", "127.0.0.1:0"),
                 *("--redis", redis_url, "--runs", str(folder / "runs")),
+                *flags,
             ],
             stderr=file,
         )
@@ -165,3 +169,19 @@ def test_a_child_ends_with_its_service_whatever_killed_it(redis_url: str, tmp_pa
         while training_process("orphan") is not None:
             assert time.monotonic() < deadline, f"{child} lives on"
             time.sleep(0.05)
+
+
+def test_blobs_that_a_finished_run_has_left_are_swept_at_the_start(
+    redis_url: str, tmp_path: Path
+) -> None:
+    write(redis_url, "over", phase=Phase.SUCCEEDED)
+    write(redis_url, "going-on", phase=Phase.TRAINING)
+    blobs = BlobStore(str(tmp_path / "blobs"))
+    for run in ("over", "going-on", "of-another-redis"):
+        blobs.put(run, "groups", SlotKey(0, 3, 1), b"late")
+    with trainer(redis_url, tmp_path, "--blobs", blobs.root):
+        deadline = time.monotonic() + 20
+        while "over" in blobs.runs():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert blobs.runs() == ["going-on", "of-another-redis"]

@@ -48,9 +48,12 @@ def test_a_slot_loses_all_its_blobs_and_nothing_else(store: BlobStore) -> None:
 
 def test_a_run_leaves_nothing(store: BlobStore) -> None:
     store.put("r", "groups", SLOT, b"x")
+    assert store.runs() == ["r"]
     other = store.put("other", "groups", SLOT, b"x")
+    assert store.runs() == ["other", "r"]
     store.remove_run("r")
     store.remove_run("r")
+    assert store.runs() == ["other"]
     assert store.slots("r", "groups") == {}
     assert store.get(other, run="other") == b"x"
 

@@ -16,7 +16,7 @@ from keel.rpc import serve
 from keel.telemetry import FLAG, HELP, serve_metrics
 from keel.trainer.v1 import trainer_service_pb2_grpc
 from keel_trainer.servicer import ChildOptions, TrainerServicer
-from keel_trainer.store import connect
+from keel_trainer.store import UNREACHABLE, connect
 from keel_trainer.telemetry import TrainingCollector
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,23 @@ async def _serve(args: argparse.Namespace) -> None:
         ),
     )
     log.info("listening on %s, port %d", args.listen, port)
+    sweeping = asyncio.create_task(_sweep(servicer))
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     await stop.wait()
     log.info("stopping")
+    sweeping.cancel()
     await server.stop(grace=1.0)
     await servicer.close()
+
+
+async def _sweep(servicer: TrainerServicer) -> None:
+    """At the start only: what is left later is found at the next one."""
+    try:
+        await servicer.sweep()
+    except (OSError, *UNREACHABLE) as error:
+        log.warning("the blob store is not swept: %s", error)
 
 
 def main(argv: list[str] | None = None) -> None:

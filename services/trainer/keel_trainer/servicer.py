@@ -19,7 +19,7 @@ from pathlib import Path
 import grpc
 
 from keel.blobs import BlobStore
-from keel.errors import FencedError, InvalidField, StateError
+from keel.errors import FencedError, InvalidField, NotFound, StateError, WireError
 from keel.record import Desired, Phase, RunRecord
 from keel.trainer.v1 import trainer_service_pb2 as pb
 from keel.trainer.v1 import trainer_service_pb2_grpc as pb_grpc
@@ -131,6 +131,20 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
     def running(self) -> list[str]:
         """Ids of the runs that have a process, or are about to."""
         return [run for run in list(self._children) if self._running(run)]
+
+    async def sweep(self) -> None:
+        """Removes what runs that are over have left in the blob store: a group came too late, or
+        somebody was killed before it could.
+        """
+        if self._blobs is None:
+            return
+        for run in await asyncio.to_thread(self._blobs.runs):
+            try:
+                record = await self._record(run)
+            except (NotFound, WireError):
+                continue  # of another Redis, perhaps
+            if record.phase.final:
+                await asyncio.to_thread(drop_blobs, self._blobs, run)
 
     async def close(self) -> None:
         """Stops every child; their runs resume when the trainer is back."""
