@@ -25,7 +25,7 @@ CONSUMER_GROUP = "trainer"
 """The one consumer group of each stream."""
 
 RUNS_KEY = "keel:runs"
-"""Sorted set of run ids, scored by submission time in seconds."""
+"""Sorted set of run ids, scored by submission time in seconds; a later one always higher."""
 FENCING_KEY = "keel:fencing"
 """Counter of leases: INCR gives the next fencing token. Where it is missing it begins at the Unix
 time in seconds: above the tokens that engines remember of a Redis that has lost its data."""
@@ -68,6 +68,11 @@ def checkpoints_key(run: str) -> str:
 def versions_key(run: str) -> str:
     """Hash: policy version to weights fingerprint, 16 hexadecimal digits."""
     return f"keel:versions:{run}"
+
+
+def tries_key(run: str) -> str:
+    """Counter: number of the last try of a cohort at an engine."""
+    return f"keel:tries:{run}"
 
 
 def data_key(run: str) -> str:

@@ -80,6 +80,7 @@ class Store:
         self._redis = redis
         self._continuity = Continuity(redis)
         self._last_token = 0
+        self._last_place_s = 0.0
         self._dead_letters: dict[str, int] = {}
         self._ended: dict[str, Phase] = {}  # such a phase stays: these need no more reading
 
@@ -99,6 +100,7 @@ class Store:
     async def create(self, spec: RunSpec) -> RunRecord:
         """Writes the record of a new run, QUEUED, under an id that no other run has."""
         record = _new_record(spec)
+        place_s = await self._next_place_s(record.created_s)
         async with self._redis.pipeline(transaction=True) as pipe:
             while True:
                 try:
@@ -110,12 +112,22 @@ class Store:
                         continue
                     pipe.multi()
                     pipe.hset(run_key(record.run), mapping=cast(Any, record.to_hash()))
-                    pipe.zadd(RUNS_KEY, {record.run: record.created_s})
+                    pipe.zadd(RUNS_KEY, {record.run: place_s})
                     await pipe.execute()
                 except WatchError:
                     continue
                 self._continuity.saw_records([record])
                 return record
+
+    async def _next_place_s(self, created_s: float) -> float:
+        """Its place in the order of submission: the time, or just after the last if a clock was set
+        back.
+        """
+        reply = self._redis.zrange(RUNS_KEY, -1, -1, withscores=True)
+        newest = cast(list[tuple[bytes, float]], await reply)
+        last_s = max(self._last_place_s, *(score for _, score in newest), 0.0)
+        self._last_place_s = max(created_s, last_s + 0.001)
+        return self._last_place_s
 
     async def get(self, run: str) -> RunRecord:
         """The record of `run`, or NotFound."""

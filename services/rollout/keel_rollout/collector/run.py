@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import redis.asyncio
@@ -28,7 +29,7 @@ from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.plan import Plan
 from keel_rollout.collector.produce import Producer
 from keel_rollout.collector.room import Room
-from keel_rollout.collector.sender import Sender, together
+from keel_rollout.collector.sender import Sender, next_try, together
 from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
 from keel_rollout.collector.watched import Watched
@@ -50,7 +51,8 @@ async def collect(
     room = make_room(run, holds)
     try:
         await watched.until(lambda record: not record.collector_error)
-        work = _work(watched, client, pool, Sender(fleet), room)
+        number = partial(insist, f"run {run}", partial(next_try, client, run))
+        work = _work(watched, client, pool, Sender(fleet, number), room)
         await together([fleet.follow(), holds.follow(), room.follow(), work])
     except Exception as error:
         if isinstance(error, KeelError):

@@ -16,8 +16,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import redis.asyncio
+
 from keel import codec
 from keel.errors import KeelError
+from keel.queue import tries_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.engine_client import EngineFailure, EngineModel
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 
 Take = Callable[[Slot, list[Response], float, str], Awaitable[None]]
 """Receives a group: slot, responses, seconds since `send` began, engine address."""
+NextTry = Callable[[], Awaitable[int]]
+"""Gives the number of a try, each above the one before."""
 
 _YEAR_2026_S = 1_767_225_600
 
@@ -62,9 +67,8 @@ class _Refusal(Exception):
 class Sender:
     """Spreads cohorts over the engines of one run."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._try_number = 0
+    def __init__(self, fleet: Fleet, next_try: NextTry) -> None:
+        self._fleet, self._next_try = fleet, next_try
 
     async def model(self) -> EngineModel:
         """What the engines have loaded; waits until one has loaded this run's model."""
@@ -143,11 +147,10 @@ class Sender:
             with_routes=model.routed and template.purpose == pb.PURPOSE_TRAINING
         )
         common.MergeFrom(template)
-        self._try_number = max(self._try_number + 1, _ticks())
         if model.can.deterministic:
             common.cohort.id = waiting.cohort.id
             common.cohort.size = len(slots)
-            common.cohort.try_number = self._try_number
+            common.cohort.try_number = await self._next_try()
         else:
             slots = [slot for slot in slots if slot.id.slot not in waiting.came]
         failures: list[EngineFailure] = []
@@ -186,9 +189,16 @@ class Sender:
         return failures[0]
 
 
-def _ticks() -> int:
-    """Tenths of a second since 2026: tries must grow across restarts, and we remember nothing."""
-    return int((time.time() - _YEAR_2026_S) * 10)
+async def next_try(client: redis.asyncio.Redis, run: str) -> int:
+    """A number above those of all tries before, of this collector and of those that it replaces.
+
+    It is kept in Redis: a clock may be set back. It begins at the tenths of a second since 2026,
+    where collectors of before it was kept there had come to.
+    """
+    async with client.pipeline(transaction=True) as pipe:
+        pipe.set(tries_key(run), int((time.time() - _YEAR_2026_S) * 10), nx=True)
+        pipe.incr(tries_key(run))
+        return int((await pipe.execute())[1])
 
 
 async def together(coroutines: Iterable[Coroutine[object, object, None]]) -> None:
