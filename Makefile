@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 SETUP_VLLM := $(VLLM_VENV)/.setup-done
 
-.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults fuzz lint format protos docs site site-serve bench-wire bench-engines bench-quantize clean
+.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults fuzz lint format protos docs site site-serve bench-wire bench-engines bench-quantize bench-durability clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -107,6 +107,9 @@ bench-engines: $(SETUP) ## tokens/s of each engine behind gRPC against in proces
 
 bench-quantize: $(SETUP) ## what emulated fp8 and fp4 cost, and what they do to log-probs and routes (a minute)
 	$(BIN)/python benchmarks/quantize.py
+
+bench-durability: $(SETUP) ## what ledger, checkpoints and acknowledgement cost of a step's time (six minutes)
+	$(BIN)/python benchmarks/durability.py
 
 clean: ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) $(VLLM_VENV) runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from keel.metrics import Row
 
-TRAINER_TIMES = ("time/wait_s", "time/score_s", "time/update_s", "time/publish_s")
+TRAINER_TIMES = (
+    *("time/wait_s", "time/score_s", "time/update_s", "time/publish_s", "time/checkpoint_s"),
+)
 """Columns that add up to a step's time. Generation goes on beside them, and shows as waiting."""
 
 
