@@ -58,8 +58,8 @@ conformance: $(SETUP) ## prove that the engines keep the contract: torch, vllm (
 test-browser: $(SETUP) ## look at the report in Chromium; screenshots in runs/screenshots
 	$(BIN)/pytest tests/browser
 
-faults: $(SETUP) ## random kills, stops and cut connections on a running job; prints the table (half an hour)
-	$(BIN)/python tests/faults.py
+faults: $(SETUP) ## kills, stops, cuts and clock jumps on a running job, at named moments too; prints the table (half an hour)
+	$(BIN)/python tests/faults.py --save benchmarks/results/faults.json
 
 fuzz: $(SETUP) ## 100,000 mutated messages to a running engine and trainer; prints the table (five minutes)
 	$(BIN)/python tests/fuzz.py

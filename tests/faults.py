@@ -1,116 +1,92 @@
-"""The fault table: random faults on every process and connection of a running job, seeded.
+"""The fault table: faults on every process, connection and clock of a running job, seeded.
 
 `make faults` runs it whole. Each run has the job of the undisturbed one and must end with its final
-weights, bit for bit, and with nothing left in the queue. Printed: fault, count, survived, recovery.
+weights, bit for bit; by its ledger no group is lost or trained twice; nothing is left in the queue
+or the blob store. Printed: fault, on whom, count, survived, longest recovery; groups.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import redis
+from disturbed import FAULTS, MEANING, NAMED, Disturbed, Fault, patiently
 from jobs import FINAL, Jobs, job_spec, model_bytes, taught_model
-from proxy import Proxy
 
-from keel.queue import demos_key, groups_key
-from keel_gateway.stack import Stack
+from keel.ledger import Audit
 
-PROCESSES = ("engine-0", "collector", "trainer", "training process", "gateway", "redis")
-CONNECTIONS = ("engine-0", "trainer", "redis")
-"""Seen from their clients: collector and trainer; gateway; everybody."""
-STOPPED_S, CUT_S = 3.0, 2.0
 RECOVERY_S = 120.0
-FAULTS = [
-    *(("SIGKILL", victim) for victim in PROCESSES),
-    *(("SIGSTOP", victim) for victim in PROCESSES),
-    *(("cut", victim) for victim in CONNECTIONS),
-]
+OPENING = "grant-start"
+"""The moment that comes before everything else of a run."""
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faults.json"
 
 
 @dataclass
 class Table:
     """What was done, and how long it took until the job moved again."""
 
-    recoveries_s: dict[tuple[str, str], list[float]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
+    inflicted: Counter[Fault] = field(default_factory=Counter)
+    recoveries_s: dict[Fault, list[float]] = field(default_factory=lambda: defaultdict(list))
+    audits: list[Audit] = field(default_factory=list)
+    """Of each run that ended as it should."""
 
     def __str__(self) -> str:
-        rows = [f"{'fault':8} {'on':18} {'count':>5} {'survived':>8} {'longest recovery':>16}"]
-        for fault, times in sorted(self.recoveries_s.items()):
+        rows = [
+            f"{'fault':15} {'on':17} {'count':>5} {'survived':>8} {'recovery':>9} {'longest':>8}"
+        ]
+        for fault in sorted(self.inflicted):
+            times = self.recoveries_s[fault]
             rows.append(
-                f"{fault[0]:8} {fault[1]:18} {len(times):5} {len(times):8} {max(times):14.1f} s"
+                f"{fault.kind:15} {fault.victim:17} {self.inflicted[fault]:5} {len(times):8} "
+                f"{median(times) if times else 0:7.1f} s {max(times, default=0):6.1f} s"
+                + (f"   {MEANING[fault.kind]}" if fault.kind in MEANING else "")
             )
-        total = sum(map(len, self.recoveries_s.values()))
-        rows.append(f"{'all':27} {total:5} {total:8}")
+        survived = sum(map(len, self.recoveries_s.values()))
+        rows.append(f"{'all':33} {self.inflicted.total():5} {survived:8}")
+        rows.append(
+            f"{len(self.audits)} runs ended with the undisturbed run's weights, bit for bit; by "
+            f"their ledgers {sum(a.trained + a.void for a in self.audits)} groups: "
+            f"{sum(len(a.lost) for a in self.audits)} lost, "
+            f"{sum(len(a.twice) for a in self.audits)} trained twice, "
+            f"{sum(a.again for a in self.audits)} trained again after a crash had undone them"
+        )
         return "\n".join(rows)
 
-
-class Disturbed:
-    """A stack with proxies between its services, and ways to hurt it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._exit = ExitStack()
-        self._proxies: dict[str, Proxy] = {}
-        self.stack = self._exit.enter_context(Stack(folder, via=self._via))
-        self.jobs = Jobs(self.stack.url)
-
-    def close(self) -> None:
-        """Stops everything."""
-        self._exit.close()
-
-    def inflict(self, fault: tuple[str, str], job: str) -> bool:
-        """One fault; False if its victim was not there at this moment."""
-        kind, victim = fault
-        if kind == "cut":
-            self._proxies[victim].cut(CUT_S)
-            return True
-        pid = training_process(job) if victim == "training process" else self.stack.pid(victim)
-        if pid is None:
-            return False
-        try:
-            if kind == "SIGKILL":
-                os.kill(pid, signal.SIGKILL)
-            else:
-                os.kill(pid, signal.SIGSTOP)
-                time.sleep(STOPPED_S)
-                os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            return False
-        return True
-
-    def left_in_queue(self, job: str) -> int:
-        """Entries of both streams."""
-        with redis.Redis.from_url(self.stack.redis_url) as client:
-            return client.xlen(groups_key(job)) + client.xlen(demos_key(job))
-
-    def _via(self, name: str, address: str) -> str:
-        if name == "gateway":
-            return address
-        self._proxies[name] = self._exit.enter_context(Proxy(address, seed=0))
-        return self._proxies[name].address
-
-
-def training_process(job: str) -> int | None:
-    """The process that trains a job, if there is one now."""
-    found = subprocess.run(
-        ["pgrep", "-f", f"keel_trainer.run --run {job}"], capture_output=True, text=True
-    )
-    pids = found.stdout.split()
-    return int(pids[0]) if pids else None
+    def to_json(self) -> dict[str, Any]:
+        """As benchmarks keep it."""
+        return {
+            "runs": len(self.audits),
+            "faults": [
+                {
+                    "fault": fault.kind,
+                    "on": fault.victim,
+                    "count": count,
+                    "survived": len(self.recoveries_s[fault]),
+                    "recovery_s": {
+                        "median": round(median(self.recoveries_s[fault]), 2),
+                        "longest": round(max(self.recoveries_s[fault]), 2),
+                    },
+                }
+                for fault, count in sorted(self.inflicted.items())
+            ],
+            "groups": {
+                "trained": sum(a.trained for a in self.audits),
+                "void": sum(a.void for a in self.audits),
+                "lost": sum(len(a.lost) for a in self.audits),
+                "twice": sum(len(a.twice) for a in self.audits),
+                "again": sum(a.again for a in self.audits),
+            },
+        }
 
 
 def fault_job(model: dict[str, Any], laps: int) -> dict[str, Any]:
@@ -126,64 +102,119 @@ def fault_job(model: dict[str, Any], laps: int) -> dict[str, Any]:
 def disturbed_run(
     disturbed: Disturbed,
     spec: dict[str, Any],
-    faults: list[tuple[str, str]],
+    faults: Sequence[Fault],
     seed: int,
     table: Table,
     say: Callable[[str], None],
 ) -> bytes:
     """Runs the job with `faults` inflicted at random moments; returns its final weights."""
     chance = random.Random(seed)
-    job = disturbed.jobs.submit(spec)
+    opening = [fault for fault in faults if fault.kind == OPENING]
+    job = begun(disturbed, spec, opening[:1], table, say)
     for fault in faults:
+        if fault.kind == OPENING:
+            continue
         time.sleep(chance.uniform(0.2, 3.0))
         before = progress(disturbed.jobs, job)
         assert before[0] not in FINAL, "the job is too short for its faults"
         began = time.monotonic()
-        if not disturbed.inflict(fault, job):
+        if not disturbed.inflict(fault, job, chance):
             continue
-        while progress(disturbed.jobs, job) == before:
-            assert time.monotonic() - began < RECOVERY_S, f"{fault}: the job stands still"
-            time.sleep(0.1)
-        table.recoveries_s[fault].append(time.monotonic() - began)
-        say(f"  {' '.join(fault)}: moved on after {time.monotonic() - began:.1f} s")
+        if fault.kind in NAMED:  # until that moment came, the job went on
+            before, began = progress(disturbed.jobs, job), time.monotonic()
+        after_s = moved_on(disturbed.jobs, job, before, began, fault, table)
+        say(f"  {fault.kind}, {fault.victim}: moved on after {after_s:.1f} s")
     state = disturbed.jobs.wait(job, timeout_s=600)
     assert state["phase"] == "SUCCEEDED", state["error"]
-    assert disturbed.left_in_queue(job) == 0
+    check_books(disturbed, job, spec["recipe"]["steps"], table)
     return model_bytes(state)
+
+
+def begun(
+    disturbed: Disturbed,
+    spec: dict[str, Any],
+    opening: Sequence[Fault],
+    table: Table,
+    say: Callable[[str], None],
+) -> str:
+    """The job, submitted; with `opening`, the gateway dies between its lease and its start."""
+    for fault in opening:
+        disturbed.arm(fault)
+    began = time.monotonic()
+    try:
+        job = disturbed.jobs.submit(spec)
+    except Exception:
+        if not opening:
+            raise
+        listed: Any = patiently(lambda: disturbed.jobs.named(spec["name"]), RECOVERY_S)
+        job = listed[0] if listed else disturbed.jobs.submit(spec)
+    for fault in opening:
+        disturbed.wait_until_reached(fault)
+        after_s = moved_on(disturbed.jobs, job, ("QUEUED", 0, 0, None), began, fault, table)
+        say(f"  {fault.kind}, {fault.victim}: moved on after {after_s:.1f} s")
+    return job
+
+
+def moved_on(
+    jobs: Jobs, job: str, before: tuple[Any, ...], began: float, fault: Fault, table: Table
+) -> float:
+    """Seconds from `began` until the job is further than `before`."""
+    table.inflicted[fault] += 1
+    while progress(jobs, job) == before:
+        assert time.monotonic() - began < RECOVERY_S, f"{fault}: the job stands still"
+        time.sleep(0.1)
+    table.recoveries_s[fault].append(time.monotonic() - began)
+    return table.recoveries_s[fault][-1]
+
+
+def check_books(disturbed: Disturbed, job: str, steps: int, table: Table) -> None:
+    """The run has used every group once, and left nothing behind."""
+    audit = disturbed.audit(job)
+    assert not audit.problems, audit.problems
+    assert (audit.steps, audit.dead) == (steps, 0), str(audit)
+    left = disturbed.left(job)
+    assert not left, left
+    table.audits.append(audit)
 
 
 def progress(jobs: Jobs, job: str) -> tuple[Any, ...]:
     """What changes as a job gets on; waits for a gateway that is away."""
-    deadline = time.monotonic() + RECOVERY_S
-    while True:
-        try:
-            state = jobs.get(job)
-        except Exception:
-            assert time.monotonic() < deadline, "the gateway does not come back"
-            time.sleep(0.1)
-            continue
-        keys = ("phase", "cold_start_step", "step", "policy_version")
-        return tuple(state[key] for key in keys)
+    state: Any = patiently(lambda: jobs.get(job), RECOVERY_S)
+    return tuple(state[key] for key in ("phase", "cold_start_step", "step", "policy_version"))
 
 
-def fault_table(runs: int, per_run: int, laps: int, seed: int, say: Callable[[str], None]) -> Table:
-    """Every kind about equally often, in random order; AssertionError at the first loss."""
+def hands(runs: int, per_run: int, chance: random.Random) -> list[list[Fault]]:
+    """Faults by run: every kind about equally often, in random order; an opening comes first."""
+    deck: list[Fault] = []
+    while len(deck) < runs * per_run:
+        deck += chance.sample(FAULTS, len(FAULTS))
+    openings = [fault for fault in deck[: runs * per_run] if fault.kind == OPENING][:runs]
+    others = [fault for fault in deck if fault.kind != OPENING]
+    dealt = [openings[run : run + 1] for run in range(runs)]
+    for hand in dealt:
+        hand += [others.pop(0) for _ in range(per_run - len(hand))]
+    chance.shuffle(dealt)
+    return dealt
+
+
+def fault_table(dealt: Sequence[Sequence[Fault]], laps: int, seed: int, say: Callable) -> Table:
+    """A run for each hand of faults; AssertionError at the first loss, with the table so far."""
     chance, table = random.Random(seed), Table()
-    deck: list[tuple[str, str]] = []
     with tempfile.TemporaryDirectory(prefix="keel-faults-") as folder:
         disturbed = Disturbed(Path(folder))
         try:
             spec = fault_job(taught_model(disturbed.jobs), laps)
             undisturbed = model_bytes(disturbed.jobs.run(spec))
-            for run in range(runs):
-                while len(deck) < per_run:
-                    deck += chance.sample(FAULTS, len(FAULTS))
-                faults, deck = deck[:per_run], deck[per_run:]
-                say(f"run {run + 1} of {runs}")
+            say("the undisturbed run is over")
+            for run, faults in enumerate(dealt, start=1):
+                say(f"run {run} of {len(dealt)}")
                 weights = disturbed_run(
-                    disturbed, spec, faults, chance.randrange(2**32), table, say
+                    *(disturbed, spec | {"name": f"faults-{run}"}, faults),
+                    *(chance.randrange(2**32), table, say),
                 )
-                assert weights == undisturbed, f"run {run + 1} ended with other weights"
+                assert weights == undisturbed, f"run {run} ended with other weights"
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{table}") from error
         finally:
             disturbed.close()
     return table
@@ -196,15 +227,18 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=11, help="faults a run")
     parser.add_argument("--laps", type=int, default=150, help="laps a run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help=f"JSON of the table, such as {RESULTS}")
     args = parser.parse_args()
     began = time.monotonic()
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:6.0f} s {text}", flush=True)
 
-    table = fault_table(args.runs, args.faults, args.laps, args.seed, say)
+    dealt = hands(args.runs, args.faults, random.Random(args.seed))
+    table = fault_table(dealt, args.laps, args.seed, say)
     print(table)
-    print(f"{args.runs} runs, all with the undisturbed run's weights, bit for bit")
+    if args.save:
+        args.save.write_text(json.dumps(table.to_json(), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from mutations import mutated
 
 IN_FLIGHT = 8
 DEADLINE_S = 20.0
-GROWTH_BYTES = 64 * 2**20
+GROWTH_BYTES = 96 * 2**20
 """Most that a process may grow after warm-up. One staged version of the model is 2 MiB."""
 WARM_UP = 0.3
 """Share of the messages."""

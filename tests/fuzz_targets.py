@@ -314,7 +314,7 @@ class Engine(Server):
                 kind="",
                 channel=self.channel,
                 make=sequence,
-                weight=2,
+                weight=4,
                 messages_a_call=len(pieces) // 3,
             ),
             method("Pause", pause, weight=1.5),

@@ -22,6 +22,11 @@ class Jobs:
         assert reply.status_code == 201, reply.text
         return reply.json()["id"]
 
+    def named(self, name: str) -> list[str]:
+        """Ids of the jobs of this name."""
+        jobs = self.http.get("/v1/jobs").raise_for_status().json()["jobs"]
+        return [job["id"] for job in jobs if job["name"] == name]
+
     def get(self, job: str) -> dict[str, Any]:
         return self.http.get(f"/v1/jobs/{job}").raise_for_status().json()
 

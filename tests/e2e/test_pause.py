@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from faults import training_process
+from disturbed import training_process
 from jobs import Jobs, job_spec, model_bytes
 
 from keel_gateway.client import GatewayClient

@@ -13,7 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 import redis
-from faults import training_process
+from disturbed import training_process
 from rediskit import start_redis
 
 from keel import rpc
