@@ -44,7 +44,9 @@ class BlobStore:
         self._path = path.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
 
-    def put(self, run: str, stream: Stream, slot: SlotKey, data: bytes) -> sequence_pb2.BlobRef:
+    def put(
+        self, run: str, stream: Stream, slot: SlotKey, data: bytes | bytearray
+    ) -> sequence_pb2.BlobRef:
         """Returns once the bytes are durable. Put again, they replace themselves."""
         digest = xxh3(data)
         name = f"{stream}-{slot.attempt}-{slot.lap}-{slot.slot}-{digest:016x}"
@@ -120,7 +122,7 @@ class BlobStore:
         return f"{self._path}/{run}"
 
 
-def _write_synced(folder: Path, name: str, data: bytes) -> None:
+def _write_synced(folder: Path, name: str, data: bytes | bytearray) -> None:
     """Writes a file whole or not at all; it is there even after the power went."""
     temporary = folder / f".{name}"
     try:

@@ -104,7 +104,7 @@ def routes_dtype(num_experts: int) -> np.dtype:
     return np.dtype("u1") if num_experts <= 256 else np.dtype("<u2")
 
 
-def xxh3(data: bytes | memoryview | npt.NDArray) -> int:
+def xxh3(data: bytes | bytearray | memoryview | npt.NDArray) -> int:
     """xxh3-64 of raw bytes, as every hash in the contract."""
     if isinstance(data, np.ndarray):
         data = np.ascontiguousarray(data).view(np.uint8).reshape(-1).data

@@ -61,9 +61,9 @@ def channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=OPTIONS)
 
 
-def aio_channel(address: str) -> grpc.aio.Channel:
-    """An asyncio channel to "host:port"."""
-    return grpc.aio.insecure_channel(address, options=OPTIONS)
+def aio_channel(address: str, options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Channel:
+    """An asyncio channel to "host:port"; `options` beside those of every channel."""
+    return grpc.aio.insecure_channel(address, options=[*OPTIONS, *options])
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from keel import codec
+from keel.queue import SlotKey
 from keel.spec import VerifierSpec
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.plan import Slot
 from keel_rollout.collector.responses import Response
+from keel_rollout.collector.room import Packed
 from keel_rollout.collector.tasks.base import Case, Problem
 from keel_rollout.collector.telemetry import (
     INVALID_RESPONSES,
@@ -22,6 +24,8 @@ from keel_rollout.collector.verify import Judgement, VerifierPool
 
 LEAST_VALID = 2
 """A group's mean needs two."""
+_LENGTH_DELIMITED = 2
+_GROUP_TAG = bytes([sequence_pb2.Envelope.GROUP_FIELD_NUMBER << 3 | _LENGTH_DELIMITED])
 
 
 async def judge(
@@ -55,7 +59,7 @@ async def judge(
     ]
 
 
-def group_envelope(
+def pack_group(
     slot: Slot,
     responses: list[Response],
     judgements: Sequence[Judgement],
@@ -63,10 +67,12 @@ def group_envelope(
     *,
     generate_s: float,
     engine: str,
-) -> sequence_pb2.Envelope:
+) -> Packed:
     """The slot's group, or VOID if fewer than two of its sequences are valid.
 
-    Empties `responses`: each is let go of once the envelope has its bytes.
+    Empties `responses`: each is let go of once its bytes are in the envelope. That has the bytes of
+    the message's own serialization, but is made sequence by sequence: protobuf would hold a group
+    four times meanwhile.
     """
     faults = [judgement.fault for judgement in judgements if judgement.fault]
     valid = len(responses) - len(faults)
@@ -76,16 +82,20 @@ def group_envelope(
             f"fault: {faults[0]}"
         )
         responses.clear()
-        return void_envelope(slot, reason)
-    envelope = sequence_pb2.Envelope(id=slot.id)
-    envelope.group.generate_s, envelope.group.engine = generate_s, engine
+        return Packed.of(void_envelope(slot, reason))
+    data = bytearray()
     for sample, judgement in enumerate(judgements):
-        sequence = envelope.group.sequences.add(sampling=sampling)
+        part = sequence_pb2.Group()
+        sequence = part.sequences.add(sampling=sampling)
         sequence.id.slot.CopyFrom(slot.id)
         sequence.id.sample = sample
         _fill(sequence, slot, responses.pop(0), judgement)
+        data += part.SerializeToString()
     assert not responses, "a judgement for each"
-    return envelope
+    data += sequence_pb2.Group(generate_s=generate_s, engine=engine).SerializeToString()
+    head = sequence_pb2.Envelope(id=slot.id).SerializeToString()
+    data[:0] = head + _GROUP_TAG + _varint(len(data))
+    return Packed(SlotKey.of(slot.id), "group", data, len(data))
 
 
 def void_envelope(slot: Slot, reason: str) -> sequence_pb2.Envelope:
@@ -112,3 +122,12 @@ def _fill(
     for name, value in judgement.parts.items():
         sequence.reward_parts.add(name=name, value=value)
     sequence.invalid_reason = judgement.fault
+
+
+def _varint(number: int) -> bytes:
+    """As protobuf writes lengths: seven bits a byte, the lowest first."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])

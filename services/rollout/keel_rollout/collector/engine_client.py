@@ -17,6 +17,8 @@ CAPABILITIES_TIMEOUT_S = 10.0
 GENERATE_TIMEOUT_S = 3600.0
 """For an engine that is alive but stuck; keepalive finds a dead one within a minute. Waiting for
 other cohorts counts, so it is generous."""
+_WINDOWS = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
+"""A group's stream runs ahead of its reader by 1 MiB at most. Left to itself, gRPC makes it 16."""
 
 
 class EngineFailure(Exception):
@@ -54,7 +56,7 @@ class EngineClient:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = rpc.aio_channel(address)
+        self._channel = rpc.aio_channel(address, _WINDOWS)
         self._stub = rollout_service_pb2_grpc.RolloutServiceStub(self._channel)
 
     async def model(self, run: str) -> EngineModel:

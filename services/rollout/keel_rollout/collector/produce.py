@@ -14,7 +14,7 @@ from keel.queue import SlotKey, metrics_key, run_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.spec import COHORT_SEQUENCES, RunSpec
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector.assemble import group_envelope, judge, void_envelope
+from keel_rollout.collector.assemble import judge, pack_group, void_envelope
 from keel_rollout.collector.backoff import insist
 from keel_rollout.collector.bounds import check_lap_bytes
 from keel_rollout.collector.data import Evaluated, RunData
@@ -162,13 +162,11 @@ class Producer:
             judgements = await judge(
                 self._pool, self._spec.task.verifiers, slot.problem, responses, self._text
             )
-            # from here on to `_add` nothing else runs: one group at a time is there twice
-            envelope = group_envelope(
-                slot, responses, judgements, sampling, generate_s=generate_s, engine=engine
+            await self._add(
+                pack_group(
+                    slot, responses, judgements, sampling, generate_s=generate_s, engine=engine
+                )
             )
-            packed = Packed.of(envelope)
-            del envelope
-            await self._add(packed)
 
         await self._sender.send(
             [

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from keel import codec
 from keel.errors import WireError
 from keel.rollout.v1 import rollout_service_pb2 as pb
-from keel.types.v1 import sequence_pb2, tensor_pb2
+from keel.types.v1 import sequence_pb2
+from keel_rollout.collector.routes import RoutesReader
 
 POSITIVE_LOGPROB = 1e-3
 """A log-prob just above 0 is rounding; one above this is no log-prob."""
@@ -39,7 +40,7 @@ class Response:
 class _Parts:
     token_ids: list[npt.NDArray]
     logprobs: list[npt.NDArray]
-    routes: list[tensor_pb2.Tensor]
+    routes: RoutesReader
     response: Response | None = None
 
 
@@ -56,7 +57,7 @@ class GroupReader:
         self._signature = signature
         self._prompt_tokens = prompt_tokens
         self._with_routes = with_routes
-        self._parts = [_Parts([], [], []) for _ in range(samples)]
+        self._parts = [_Parts([], [], RoutesReader(signature)) for _ in range(samples)]
 
     def add(self, message: pb.GenerateResponse) -> None:
         """Takes one message."""
@@ -99,8 +100,8 @@ class GroupReader:
             )
             parts.token_ids.append(ids)
             parts.logprobs.append(logprobs)
-        if chunk.HasField("routes"):
-            parts.routes.append(chunk.routes)
+        if self._with_routes and chunk.HasField("routes"):
+            parts.routes.add(chunk.routes)
 
     def _complete(self, complete: pb.SequenceComplete) -> None:
         parts = self._open(complete.sample)
@@ -124,13 +125,14 @@ class GroupReader:
         self._check_versions(complete, self._prompt_tokens + len(ids_R))
         routes_TLK, fault = None, ""
         if self._with_routes:
-            routes_TLK, fault = self._routes(parts.routes, complete, len(ids_R))
-            parts.routes.clear()
+            rows = self._prompt_tokens + len(ids_R) - 1
+            routes_TLK, fault = parts.routes.read(complete, rows)
         if not np.isfinite(logprobs_R).all():
             fault = "a rollout log-prob is not finite"
         elif logprobs_R.max() > POSITIVE_LOGPROB:
             fault = f"a rollout log-prob is {logprobs_R.max():g}, above 0"
-        parts.response = Response(
+        self._parts[complete.sample] = _Parts([], [], RoutesReader(self._signature))
+        self._parts[complete.sample].response = Response(
             token_ids_R=ids_R,
             rollout_logprobs_R=logprobs_R,
             routes_TLK=routes_TLK,
@@ -154,43 +156,3 @@ class GroupReader:
             f"{[(entry.span.begin, entry.span.end) for entry in complete.policy_versions]} is not "
             f"valid; valid: ascending and gapless over [{self._prompt_tokens}, {end})"
         )
-
-    def _routes(
-        self, tensors: list[tensor_pb2.Tensor], complete: pb.SequenceComplete, tokens: int
-    ) -> tuple[npt.NDArray | None, str]:
-        """The routes, or None and what is wrong with them. Takes the tensors out as it goes."""
-        rows = self._prompt_tokens + tokens - 1
-        layers, top_k = len(self._signature.moe_layers), self._signature.experts_per_token
-        experts = self._signature.num_experts
-        if not complete.routes_valid:
-            return None, "the engine does not vouch for its routes"
-        sent = sum(tensor.shape[0] if tensor.shape else 0 for tensor in tensors)
-        if sent != rows or complete.route_rows != rows:
-            return None, f"invalid routes: {sent} rows sent, {complete.route_rows} said, {rows} due"
-        dtype = codec.routes_dtype(experts)
-        routes_TLK = np.empty((rows, layers, top_k), dtype)
-        begin, fault = 0, ""
-        while tensors:
-            tensor = tensors.pop(0)
-            try:
-                chunk_TLK = codec.to_ndarray(
-                    tensor, "chunk.routes", dtypes=(dtype.name,), shape=(None, layers, top_k)
-                )
-            except WireError as error:
-                return None, f"invalid routes: {error}"
-            routes_TLK[begin : begin + len(chunk_TLK)] = chunk_TLK
-            begin += len(chunk_TLK)
-            fault = fault or _misrouted(chunk_TLK, experts)
-        if codec.xxh3(routes_TLK) != complete.routes_xxh3:
-            return None, "invalid routes: they differ from the engine's checksum"
-        return (None, fault) if fault else (routes_TLK, "")
-
-
-def _misrouted(routes_TLK: npt.NDArray, experts: int) -> str:
-    """What is wrong with the experts of some rows, if anything."""
-    if int(routes_TLK.max(initial=0)) >= experts:
-        return f"invalid routes: expert {routes_TLK.max()} of {experts}"
-    ordered_TLK = np.sort(routes_TLK, axis=-1)
-    if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
-        return "invalid routes: an expert is repeated in a row"
-    return ""

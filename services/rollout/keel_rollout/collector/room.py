@@ -67,14 +67,14 @@ class Packed:
 
     slot: SlotKey
     kind: str
-    data: bytes
+    data: bytes | bytearray
     size: int
     blob: sequence_pb2.BlobRef | None = field(default=None)
     """Where it is, once it is in the blob store."""
 
     @classmethod
     def of(cls, envelope: sequence_pb2.Envelope) -> Packed:
-        """Let go of `envelope` then: it has the same bytes again."""
+        """From a message that is small."""
         data = envelope.SerializeToString()
         kind = envelope.WhichOneof("payload")
         return cls(SlotKey.of(envelope.id), kind or "", data, len(data))
@@ -140,7 +140,7 @@ class Room:
             else:
                 async with self._redis_has_room(place, packed.size):
                     slot = str(packed.slot).encode()
-                    yield {SLOT_FIELD: slot, ENVELOPE_FIELD: packed.data}
+                    yield {SLOT_FIELD: slot, ENVELOPE_FIELD: bytes(packed.data)}
             self._seen[place] = self._since[place] = packed.size
         finally:
             del self._coming[place]
