@@ -2,6 +2,7 @@
 
 DIR/redis/   the queue and the records, append-only        DIR/logs/NAME.log
 DIR/jobs/    artifacts, checkpoints and models by run      DIR/stack.json   where the gateway is
+DIR/blobs/   groups that are too large for the queue, until a checkpoint covers them
     DIR/ports.json   each service's port, the same at every start
 """
 
@@ -146,6 +147,11 @@ class Stack:
         return self.dir / "jobs"
 
     @property
+    def blobs(self) -> Path:
+        """Folder of the groups that are too large for the queue."""
+        return self.dir / "blobs"
+
+    @property
     def _state_file(self) -> Path:
         return self.dir / STATE_FILE
 
@@ -178,6 +184,7 @@ class Stack:
         write_json(self._ports_file, self.ports)
         compute = ["--device", self._device, "--threads", str(self._threads)]
         jobs = str(self.jobs)
+        blobs = ["--blobs", str(self.blobs)]
         return [
             redis_service,
             *(
@@ -191,10 +198,11 @@ class Stack:
             ),
             self._python(
                 *("trainer", "keel_trainer.main", "--listen", self._listen("trainer")),
-                *("--redis", redis_url, "--runs", jobs, *compute, *told["trainer"]),
+                *("--redis", redis_url, "--runs", jobs, *blobs, *compute, *told["trainer"]),
             ),
             self._python(
                 *("collector", "keel_rollout.collector.main", "--redis", redis_url),
+                *blobs,
                 *told["collector"],
             ),
             self._python(

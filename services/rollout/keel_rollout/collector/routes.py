@@ -23,12 +23,12 @@ class RoutesReader:
         self._dtype = codec.routes_dtype(signature.num_experts)
         self._bytes = bytearray()  # grows in place; a list of chunks would be joined at twice that
         self._rows = 0
-        self._fault = ""
+        self._unreadable = self._misrouted = ""
 
     def add(self, tensor: tensor_pb2.Tensor) -> None:
         """Takes the next rows."""
         self._rows += tensor.shape[0] if tensor.shape else 0
-        if self._fault:
+        if self._unreadable:
             return
         try:
             shape = (None, self._layers, self._top_k)
@@ -36,9 +36,9 @@ class RoutesReader:
                 tensor, "chunk.routes", dtypes=(self._dtype.name,), shape=shape
             )
         except WireError as error:
-            self._fault = f"invalid routes: {error}"
+            self._unreadable = f"invalid routes: {error}"
             return
-        self._fault = self._wrong(chunk_TLK)
+        self._misrouted = self._misrouted or self._wrong(chunk_TLK)
         self._bytes += chunk_TLK.data.cast("B") if chunk_TLK.size else b""
 
     def read(
@@ -54,10 +54,12 @@ class RoutesReader:
         if self._rows != rows or complete.route_rows != rows:
             told = f"{self._rows} rows sent, {complete.route_rows} said, {rows} due"
             return None, f"invalid routes: {told}"
-        if self._fault:
-            return None, self._fault
+        if self._unreadable:
+            return None, self._unreadable
         if codec.xxh3(self._bytes) != complete.routes_xxh3:
             return None, "invalid routes: they differ from the engine's checksum"
+        if self._misrouted:
+            return None, self._misrouted
         routes_TLK = np.frombuffer(self._bytes, self._dtype)
         return routes_TLK.reshape(rows, self._layers, self._top_k), ""
 
