@@ -15,6 +15,8 @@ from keel import codec
 from keel.errors import WireError
 from keel.types.v1 import sequence_pb2, tensor_pb2
 
+_ROWS = 1024
+"""Rows of routes that are sorted at once: a copy of them all would be as large as the sequence."""
 _LARGEST_REWARD = float(np.finfo(np.float32).max)
 """Rewards are trained on in float32: above this they would be infinite there."""
 
@@ -214,12 +216,16 @@ def _decode_routes(
         dtypes=(codec.routes_dtype(shape.num_experts).name,),
         shape=(tokens - 1, shape.moe_layers, shape.top_k),
     )
-    if codec.xxh3(proto.routes.inline.data) != proto.routes_xxh3:
+    if codec.xxh3(routes_TLK) != proto.routes_xxh3:
         return None, "its routes differ from the engine's checksum"
     if int(routes_TLK.max(initial=0)) >= shape.num_experts:
         return None, f"an expert id is {routes_TLK.max()}, of {shape.num_experts} experts"
-    ordered_TLK = np.sort(routes_TLK, axis=-1)
-    if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
+    if any(_repeats(routes_TLK[row : row + _ROWS]) for row in range(0, tokens - 1, _ROWS)):
         return None, "an expert id is repeated within a row"
     # torch has little arithmetic on uint16; ids stay far below 2^15
     return routes_TLK if routes_TLK.dtype == np.uint8 else routes_TLK.astype(np.int16), ""
+
+
+def _repeats(routes_TLK: npt.NDArray) -> bool:
+    ordered_TLK = np.sort(routes_TLK, axis=-1)
+    return bool((ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any())
