@@ -14,7 +14,7 @@ SETUP := $(VENV)/.setup-done
 VLLM_VENV := .venv-vllm
 SETUP_VLLM := $(VLLM_VENV)/.setup-done
 
-.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults fuzz lint format protos docs site site-serve bench-wire bench-engines bench-quantize bench-durability clean
+.PHONY: help setup engine-vllm demo test test-unit test-vllm conformance test-browser faults fuzz soak lint format protos docs site site-serve bench-wire bench-engines bench-quantize bench-durability clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ faults: $(SETUP) ## kills, stops, cuts and clock jumps on a running job, at name
 
 fuzz: $(SETUP) ## 100,000 mutated messages to a running engine and trainer; prints the table (five minutes)
 	$(BIN)/python tests/fuzz.py
+
+soak: $(SETUP) ## ten minutes of the whole stack at full rate: does any process grow? (benchmarks/results/soak.json, docs/assets/soak.svg)
+	$(BIN)/python benchmarks/soak.py $(if $(MINUTES),--minutes $(MINUTES))
 
 lint: $(SETUP) ## formatting, lint, types, import contracts, generated code
 	$(BIN)/ruff format --check .

@@ -121,7 +121,9 @@ def disturbed_run(
         if not disturbed.inflict(fault, job, chance):
             continue
         if fault.kind in NAMED:  # until that moment came, the job went on
-            before, began = progress(disturbed.jobs, job), time.monotonic()
+            began = time.monotonic()
+        if fault.kind in NAMED or fault.kind == "SIGKILL":  # a last step may just have been told
+            before = progress(disturbed.jobs, job)
         after_s = moved_on(disturbed.jobs, job, before, began, fault, table)
         say(f"  {fault.kind}, {fault.victim}: moved on after {after_s:.1f} s")
     state = disturbed.jobs.wait(job, timeout_s=600)
