@@ -18,6 +18,7 @@ from enginekit import engine_process
 from jobs import Jobs, job_spec, model_bytes
 
 from keel.queue import demos_key, groups_key
+from keel_gateway.client import GatewayClient
 from keel_gateway.stack import Stack
 from keel_gateway.stack_folder import HOST, free_port, write_json
 
@@ -73,6 +74,11 @@ def two_trainers(
 
 
 def every_step_once(stack: Stack, jobs: Jobs, job: str, steps: int) -> None:
+    with GatewayClient(stack.url) as client:
+        ledger = client.ledger(job)
+    assert ledger.problems == []
+    assert (ledger.steps, ledger.takeovers) == (steps, 1)
+    assert ledger.verdict == f"{ledger.trained} groups trained, 0 lost, 0 twice"
     assert [row["step"] for row in jobs.rows(job) if "lap" in row] == list(range(1, steps + 1))
     with redis.Redis.from_url(stack.redis_url) as client:
         assert client.xlen(groups_key(job)) + client.xlen(demos_key(job)) == 0

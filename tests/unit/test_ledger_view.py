@@ -189,7 +189,7 @@ async def test_the_routes(house: House, tmp_path: Path) -> None:
 
         told = the_problem(await client.get(f"{at}/ledger"), 404)["detail"]
         assert "no trainer has begun it" in told
-        house.write(run, phase="TRAINING", artifact=str(tmp_path / run / "base"))
+        house.write(run, phase="TRAINING", artifact="/elsewhere", folder=tmp_path / run)
         told = the_problem(await client.get(f"{at}/ledger"), 404)["detail"]
         assert f"is on its trainer's disk: {tmp_path / run / FILE} is not there" in told
         assert f"keel ledger {tmp_path / run / FILE}" in told

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from rediskit import RedisServer
 
 from keel.queue import DEPLOYMENT_KEY, run_key
 from keel.record import RunRecord, pack_fields
-from keel_gateway import redis_trouble
+from keel_gateway import redis_trouble, store
 
 
 @pytest.fixture
@@ -50,9 +51,9 @@ async def test_lost_jobs_are_named_and_new_ones_run(
     client = await house.open(stack)
     jobs = [(await client.post("/v1/jobs", json=SPEC)).json()["id"] for _ in range(3)]
     ended, training, queued = jobs
-    house.write(ended, phase="SUCCEEDED", artifact="/runs/ended/base")
+    house.write(ended, phase="SUCCEEDED", folder="/runs/ended")
     await eventually(lambda: house.trainer.started[-1:] == [(training, token(house, training))])
-    house.write(training, phase="TRAINING", step=4, artifact="/runs/training/base")
+    house.write(training, phase="TRAINING", step=4, folder="/runs/training")
     seen = await eventually(lambda: token(house, training))
     assert seen > began_s, "a fresh counter begins above whatever engines have seen"
     await eventually(lambda: _step_is(client, training, 4))
@@ -95,7 +96,8 @@ async def test_a_clock_that_is_set_back_gives_no_token_twice(
     first = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
     before = await eventually(lambda: token(house, first))
     house.redis.flushall()
-    monkeypatch.setattr(time, "time", lambda: 1e9)
+    # not of `time` itself: gRPC takes its deadlines from it
+    monkeypatch.setattr(store, "time", SimpleNamespace(time=lambda: 1e9))
     second = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
     assert await eventually(lambda: token(house, second)) > before
 

@@ -15,7 +15,6 @@ import secrets
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 
 from redis.asyncio import Redis
 
@@ -93,9 +92,7 @@ class Continuity:
 
 def _told(run: str, record: RunRecord | None, when: str) -> str:
     lost = f"run {run!r} is lost: Redis was restarted without its data (or emptied) {when}, "
-    folder = "its runs folder, on its trainer's disk"
-    if record and record.artifact:
-        folder = str(Path(record.artifact).parent)
+    folder = (record and record.folder) or "its runs folder, on its trainer's disk"
     if record is None or record.phase.final:
         ended = f" It had ended ({record.phase})." if record else ""
         return f"{lost}and its record with it.{ended} Checkpoints and model are still in {folder}"

@@ -92,9 +92,9 @@ def of_run(record: RunRecord) -> Ledger:
         NotFound: it is not seen, or not begun; the message says where it is.
         StateError: it is not what a trainer writes.
     """
-    if not record.artifact:
+    if not record.folder:
         raise NotFound(f"run {record.run!r} has no ledger yet: no trainer has begun it")
-    path = Path(record.artifact).parent / FILE
+    path = Path(record.folder) / FILE
     found = of_file(path, f"the ledger of run {record.run!r} is on its trainer's disk")
     done, asked = found.steps, record.spec.recipe.steps
     if record.phase is Phase.SUCCEEDED and done < asked:

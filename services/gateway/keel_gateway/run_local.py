@@ -101,8 +101,8 @@ def leave(job: Job, rows: list[Row], samples: list[Sample], out: Path) -> None:
         job.model_dump(mode="json"), rows, [sample.model_dump(mode="json") for sample in samples]
     )
     write_run(out, run)
-    ledger = Path(job.artifact).parent / LEDGER
-    if job.artifact and ledger.is_file():
+    ledger = Path(job.folder) / LEDGER
+    if job.folder and ledger.is_file():
         shutil.copyfile(ledger, out / LEDGER)
     write_page(out / REPORT, build_report(run))
 

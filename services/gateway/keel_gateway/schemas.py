@@ -71,6 +71,8 @@ class Job(_Answer):
     version), READY, DRAINING, STALE or LOST. Empty once the job is over."""
     artifact: str
     """Folder of the base model, on the trainer's disk."""
+    folder: str = ""
+    """Folder of its checkpoints and its ledger, on the trainer's disk."""
     model: str
     """Folder of the final model, on the trainer's disk."""
     error: str
@@ -112,6 +114,7 @@ class Job(_Answer):
             engine_kinds=dict(record.engine_kinds),
             engine_states=dict(engine_states),
             artifact=record.artifact,
+            folder=record.folder,
             model=record.model,
             error=record.error or record.collector_error,
             dead_letters=dead_letters,
