@@ -33,7 +33,8 @@ from keel.codec import fill, to_ndarray, xxh3
 from keel.queue import demos_key, metrics_key, run_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector import produce, room
+from keel_rollout.collector import produce
+from keel_rollout.collector.flight import Flight
 from keel_rollout.collector.follow import Follower
 from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.main import connect
@@ -394,7 +395,7 @@ async def test_after_a_cut_the_stream_is_read_once_for_all_that_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # the cut is seen by the additions, not by what is read before them
-    monkeypatch.setattr(room, "_FRESH_S", 60)
+    monkeypatch.setattr(Flight, "look", AsyncMock())
     monkeypatch.setattr(RedisMemory, "read", AsyncMock(return_value=MemoryLevel(0, 0)))
     engine.go.clear()
     write_run(client, make_spec(), artifact, engine.address, policy_version=0)
@@ -710,8 +711,10 @@ async def test_a_cancelled_add_leaves_the_stream_in_doubt(
     execute = Pipeline.execute
 
     async def late(self: Pipeline, *arguments: object) -> object:
-        await execute(self, *arguments)  # type: ignore[arg-type]
-        await asyncio.sleep(3600)
+        adds = any(command[0] == "XADD" for command, _ in self.command_stack)
+        replies = await execute(self, *arguments)  # type: ignore[arg-type]
+        await asyncio.sleep(3600 if adds else 0)
+        return replies
 
     with pytest.MonkeyPatch.context() as patch:
         cancelled = asyncio.create_task(stream.add(Packed.of(envelope)))

@@ -94,7 +94,7 @@ async def stream(url: str, settings: QueueSettings = DEFAULT_QUEUE) -> AsyncIter
     connection = connect(url)
     holds = Holds(connection, "r", "")
     room = Room(connection, "r", settings, RedisMemory(connection), holds)
-    following = [asyncio.create_task(work) for work in (holds.follow(), room.follow())]
+    following = [asyncio.create_task(work) for work in (holds.follow(), room.flight.follow())]
     try:
         yield SlotStream(connection, "groups", "r", room)
     finally:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import redis.asyncio
@@ -25,23 +24,17 @@ from keel.queue import (
     ENVELOPE_FIELD,
     SLOT_FIELD,
     SlotKey,
-    bytes_key,
-    demos_key,
-    groups_key,
     pack_blob,
 )
 from keel.sizes import show_bytes
 from keel.types.v1 import sequence_pb2
-from keel_rollout.collector.backoff import FIRST_S, MOST_S, insist
+from keel_rollout.collector.backoff import FIRST_S, MOST_S
+from keel_rollout.collector.flight import Flight, Place
 from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.redis_memory import RedisMemory
-from keel_rollout.collector.telemetry import BYTES_IN_FLIGHT
 
 log = logging.getLogger(__name__)
 
-_FRESH_S = 0.1
-"""A look at the bytes in flight is good for this long, and for what was added since."""
-_GAUGE_S = 1.0
 _SMALL_BYTES = 4096
 """An envelope no larger than this gains nothing in the blob store."""
 
@@ -91,37 +84,11 @@ class Room:
         memory: RedisMemory,
         holds: Holds,
     ) -> None:
-        self._redis, self._run, self.settings = client, run, settings
+        self._run, self.settings = run, settings
         self._memory, self._holds = memory, holds
-        self._hashes: Mapping[Stream, str] = {
-            "demos": bytes_key(demos_key(run)),
-            "groups": bytes_key(groups_key(run)),
-        }
-        self._seen: dict[tuple[Stream, SlotKey], int] = {}
-        """Bytes by slot, as Redis has them."""
-        self._since: dict[tuple[Stream, SlotKey], int] = {}
-        """Added since the last look began."""
-        self._coming: dict[tuple[Stream, SlotKey], int] = {}
-        """Granted and not added yet."""
-        self._seen_s = float("-inf")
-        self._looking = asyncio.Lock()
-        self._told_inline = False
-        self._gauge = 0
-
-    async def follow(self) -> None:
-        """Keeps the gauge of bytes in flight until cancelled."""
-        try:
-            while True:
-                await self._look()
-                self._show(self._in_flight())
-                await asyncio.sleep(_GAUGE_S)
-        finally:
-            self._show(0)
-
-    async def largest(self, stream: Stream) -> int:
-        """Bytes of the largest envelope of a stream that is in flight."""
-        await self._look()
-        return max((size for (name, _), size in self._seen.items() if name == stream), default=0)
+        self.flight = Flight(client, run)
+        """What the run has in flight."""
+        self._looked = self._told_inline = False
 
     @contextlib.asynccontextmanager
     async def entry(self, stream: Stream, packed: Packed) -> AsyncIterator[dict[bytes, bytes]]:
@@ -131,8 +98,7 @@ class Room:
         """
         place = stream, packed.slot
         await self._wait_for_room(place, packed.size)
-        self._coming[place] = packed.size
-        try:
+        with self.flight.coming(place, packed.size):
             if packed.blob is None and await self._belongs_in_store(packed):
                 await self._store(stream, packed)
             if packed.blob is not None:
@@ -141,34 +107,28 @@ class Room:
                 async with self._redis_has_room(place, packed.size):
                     slot = str(packed.slot).encode()
                     yield {SLOT_FIELD: slot, ENVELOPE_FIELD: bytes(packed.data)}
-            self._seen[place] = self._since[place] = packed.size
-        finally:
-            del self._coming[place]
+            self.flight.add(place, packed.size)
 
-    async def _wait_for_room(self, place: tuple[Stream, SlotKey], size: int) -> None:
-        await self._look()
+    async def _wait_for_room(self, place: Place, size: int) -> None:
+        if self._looked and self._fits(place, size):
+            return
+        await self.flight.look(sure=True)
+        self._looked = True
         if self._fits(place, size):
             return
-        limit, earliest = self.settings.queue_bytes, min(map(_order, self._all()))
+        limit, (attempt, lap) = self.settings.queue_bytes, self.flight.first_lap()
         text = (
-            f"{show_bytes(self._in_flight())} in flight and {show_bytes(size)} of slot {place[1]} "
-            f"are more than --queue-bytes {show_bytes(limit)}; it waits for a checkpoint, which "
-            f"acknowledges what is in flight, from attempt/lap {earliest[0]}/{earliest[2]} on"
+            f"{show_bytes(self.flight.bytes())} in flight and {show_bytes(size)} of slot "
+            f"{place[1]} are more than --queue-bytes {show_bytes(limit)}; it waits for a "
+            f"checkpoint, which acknowledges what is in flight, from attempt/lap {attempt}/{lap} on"
         )
         with self._holds.because("queue", text):
             while not self._fits(place, size):
-                await asyncio.sleep(_FRESH_S)
-                await self._look()
+                await self.flight.look(sure=True)
 
-    def _fits(self, place: tuple[Stream, SlotKey], size: int) -> bool:
-        flight = self._all()
-        flight.pop(place, None)  # sent again, it counts once
-        return sum(flight.values()) + size <= self.settings.queue_bytes or not self._earlier(place)
-
-    def _earlier(self, place: tuple[Stream, SlotKey]) -> bool:
-        """Something is in flight that can be trained and acknowledged without this envelope."""
-        own = _order(place)
-        return any(_order(other) < own for other in self._all())
+    def _fits(self, place: Place, size: int) -> bool:
+        rest = self.flight.bytes(without=place)  # sent again, it counts once
+        return rest + size <= self.settings.queue_bytes or not self.flight.earlier(place)
 
     async def _belongs_in_store(self, packed: Packed) -> bool:
         """It is large, or Redis is so full that even this would be too much."""
@@ -209,18 +169,17 @@ class Room:
         packed.data = b""
 
     @contextlib.asynccontextmanager
-    async def _redis_has_room(
-        self, place: tuple[Stream, SlotKey], size: int
-    ) -> AsyncIterator[None]:
+    async def _redis_has_room(self, place: Place, size: int) -> AsyncIterator[None]:
         """Waits while Redis would have too little left; the bytes count as its own from then on."""
         while not (level := await self._memory.read()).takes(size):
-            waits = self._earlier(place)
+            await self.flight.look(sure=True)
+            waits = self.flight.earlier(place)
             remedy = "it waits for a checkpoint, which frees some" if waits else self._remedy()
-            text = f"{level.lack(size)}; {remedy}"
-            with self._holds.because("redis", text):
-                while waits == self._earlier(place) and not (await self._memory.read()).takes(size):
-                    await asyncio.sleep(_FRESH_S)
-                    await self._look()
+            with self._holds.because("redis", f"{level.lack(size)}; {remedy}"):
+                while waits == self.flight.earlier(place):
+                    await self.flight.look(sure=True)
+                    if (await self._memory.read()).takes(size):
+                        break
             self._memory.forget()  # what was acknowledged meanwhile is free
         with self._memory.granted(size):
             yield
@@ -232,39 +191,3 @@ class Room:
             "nothing of this run that a checkpoint would free is in flight: raise maxmemory, or "
             "give collector and trainer a folder for --blobs"
         )
-
-    async def _look(self) -> None:
-        """Reads what Redis has, unless that was done a moment ago."""
-        async with self._looking:
-            if time.monotonic() - self._seen_s < _FRESH_S:
-                return
-            self._since = {}
-            found = await insist(f"run {self._run}", self._read)
-            self._seen, self._seen_s = found | self._since, time.monotonic()
-
-    async def _read(self) -> dict[tuple[Stream, SlotKey], int]:
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for key in self._hashes.values():
-                pipe.hgetall(key)
-            replies: list[dict[bytes, bytes]] = await pipe.execute()
-        return {
-            (stream, SlotKey.parse(slot)): int(size)
-            for stream, reply in zip(self._hashes, replies, strict=True)
-            for slot, size in reply.items()
-        }
-
-    def _all(self) -> dict[tuple[Stream, SlotKey], int]:
-        return self._seen | self._coming
-
-    def _in_flight(self) -> int:
-        return sum(self._all().values())
-
-    def _show(self, size: int) -> None:
-        BYTES_IN_FLIGHT.inc(size - self._gauge)
-        self._gauge = size
-
-
-def _order(place: tuple[Stream, SlotKey]) -> tuple[int, bool, int]:
-    """What is trained and acknowledged first comes first; slots of one lap are equal."""
-    stream, slot = place
-    return slot.attempt, stream == "groups", slot.lap

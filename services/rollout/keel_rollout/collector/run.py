@@ -53,7 +53,7 @@ async def collect(
         await watched.until(lambda record: not record.collector_error)
         number = partial(insist, f"run {run}", partial(next_try, client, run))
         work = _work(watched, client, pool, Sender(fleet, number), room)
-        await together([fleet.follow(), holds.follow(), room.follow(), work])
+        await together([fleet.follow(), holds.follow(), room.flight.follow(), work])
     except Exception as error:
         if isinstance(error, KeelError):
             message = str(error)

@@ -95,7 +95,8 @@ class SlotStream:
 
     async def _read(self) -> set[SlotKey]:
         found: set[SlotKey] = set()
-        largest = await self._room.largest(self._name)
+        await self._room.flight.look()
+        largest = self._room.flight.largest(self._name)
         begin, count = "-", max(1, min(_PAGE, _PAGE_BYTES // max(1, largest)))
         while entries := await self._page(begin, count):
             for entry_id, fields in entries:
