@@ -151,6 +151,9 @@ def test_run_leaves_job_metrics_report_and_model(tmp_path: Path) -> None:
     assert {one["step"] for one in samples} <= {1, 2, 3, 4}
     assert all(len(one["tokens"]) == len(one["proximal_logprobs"]) > 0 for one in samples)
     assert samples[0]["prompt"] in (out / "report.html").read_text()
+    audited = keel("ledger", str(out))
+    assert audited.returncode == 0, audited.stdout
+    assert audited.stdout.splitlines()[-1].endswith("groups trained, 0 lost, 0 twice")
     with safe_open(next((out / "model").glob("*.safetensors")), "np") as weights:
         assert "model.embed_tokens.weight" in list(weights.keys())
     assert of_stack(out) == []

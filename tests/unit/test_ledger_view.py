@@ -197,11 +197,6 @@ async def test_the_routes(house: House, tmp_path: Path) -> None:
         (tmp_path / run / FILE).write_bytes(encode(story()))
         found = (await client.get(f"{at}/ledger")).json()
         assert (found["trained"], found["verdict"]) == (10, "10 groups trained, 0 lost, 0 twice")
-        house.write(run, phase="SUCCEEDED")  # of 8 steps
-        found = (await client.get(f"{at}/ledger")).json()
-        assert found["lost"] == ["steps 5 to 8 are missing"]
-        (tmp_path / run / FILE).write_text("{}\n")
-        assert "ledger, line 1" in the_problem(await client.get(f"{at}/ledger"), 409)["detail"]
 
         assert (await client.get(f"{at}/dead-letters")).json() == {"dead_letters": []}
         assert (await client.get(at)).json()["dead_letters"] == 0
@@ -219,3 +214,11 @@ async def test_the_routes(house: House, tmp_path: Path) -> None:
         the_problem(await client.get(f"{at}/dead-letters/others/1-0"), 422)
         assert (await client.get(at)).json()["dead_letters"] == 1
         assert (await client.get("/v1/jobs")).json()["jobs"][0]["dead_letters"] == 1
+        told = (await client.get("/metrics")).text
+        assert f'keel_run_dead_letters{{run="{run}"}} 1.0' in told
+
+        house.write(run, phase="SUCCEEDED")  # of 8 steps
+        found = (await client.get(f"{at}/ledger")).json()
+        assert found["lost"] == ["steps 5 to 8 are missing"]
+        (tmp_path / run / FILE).write_text("{}\n")
+        assert "ledger, line 1" in the_problem(await client.get(f"{at}/ledger"), 409)["detail"]

@@ -44,6 +44,8 @@ DEFAULT_DIR = Path("runs")
 STATE_FILE = "stack.json"
 """In that folder: where the gateway is, while it is up."""
 TIMEOUT_S = 30.0
+LEDGER_TIMEOUT_S = 600.0
+"""A million lines take half a minute and more."""
 _DIRECT = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 """Never through the environment's proxy."""
 ROWS_PER_PAGE = 1000
@@ -217,7 +219,8 @@ class GatewayClient:
 
     def ledger(self, run: str) -> Ledger:
         """What the job's weights are made of, and whether that is right."""
-        return Ledger.model_validate(self._call("GET", f"{_path(run)}/ledger"))
+        answer = self._call("GET", f"{_path(run)}/ledger", timeout=LEDGER_TIMEOUT_S)
+        return Ledger.model_validate(answer)
 
     def metrics(self, run: str, *, after: int = -1) -> Metrics:
         """Every row of a step after `after`, and the newest evaluation."""

@@ -110,7 +110,8 @@ async def exposition(http: HttpMetrics, store: Store, registry: Registry) -> byt
     else:
         now.register(_Given([_gauge("keel_redis_up", "Redis answers", 1)]))
         phases = Count(store.ended_phases()) + Count(record.phase for record in records)
-        now.register(_Given(_runs(phases, records, rows)))
+        dead = {record.run: store.dead_letter_count(record.run) for record in records}
+        now.register(_Given(_runs(phases, records, rows, dead)))
         now.register(_Given([_leases(registry, records, await store.drained_engines())]))
     return generate_latest(http.registry) + generate_latest(now)
 
@@ -155,7 +156,12 @@ def _leases(registry: Registry, records: list[RunRecord], drained: Collection[st
     return leases
 
 
-def _runs(phases: Count[Phase], records: list[RunRecord], rows: dict[str, Row]) -> list[Metric]:
+def _runs(
+    phases: Count[Phase],
+    records: list[RunRecord],
+    rows: dict[str, Row],
+    dead_letters: dict[str, int],
+) -> list[Metric]:
     jobs = GaugeMetricFamily(
         "keel_jobs", "Jobs by phase, those that are over too", labels=["phase"]
     )
@@ -163,6 +169,11 @@ def _runs(phases: Count[Phase], records: list[RunRecord], rows: dict[str, Row]) 
         jobs.add_metric([phase], phases[phase])
     step = GaugeMetricFamily("keel_run_step", "Optimizer steps done", labels=["run"])
     steps = GaugeMetricFamily("keel_run_steps", "Optimizer steps in all", labels=["run"])
+    dead = GaugeMetricFamily(
+        "keel_run_dead_letters",
+        "Groups and demonstrations of an unfinished run that its trainer gave up",
+        labels=["run"],
+    )
     metric = GaugeMetricFamily(
         "keel_run_metric",
         "The newest row of an unfinished run: a column of docs/metrics.md",
@@ -171,10 +182,11 @@ def _runs(phases: Count[Phase], records: list[RunRecord], rows: dict[str, Row]) 
     for record in records:
         step.add_metric([record.run], record.step)
         steps.add_metric([record.run], record.spec.recipe.steps)
+        dead.add_metric([record.run], dead_letters[record.run])
         for name, value in rows[record.run].items():
             if value is not None:
                 metric.add_metric([record.run, name], value)
-    return [jobs, step, steps, metric]
+    return [jobs, step, steps, dead, metric]
 
 
 class _Given(Collector):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Response
@@ -23,8 +22,7 @@ async def get_ledger(run: RunId, store: StoreDep) -> Ledger:
     Read from the file that the trainer writes beside its checkpoints. Where the gateway does not
     see that disk: 404, with the place and the command that looks there.
     """
-    record = await store.get(run)
-    return await asyncio.to_thread(ledger_view.of_run, record)
+    return await ledger_view.of_run(await store.get(run))
 
 
 @router.get("/{run}/dead-letters", summary="List dead letters", responses=responses(404, 422, 503))
