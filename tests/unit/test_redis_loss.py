@@ -17,7 +17,7 @@ from gateway_peers import SPEC, eventually
 from redis.exceptions import ResponseError
 from rediskit import RedisServer
 
-from keel.queue import DEPLOYMENT_KEY, run_key
+from keel.queue import DEPLOYMENT_KEY, FENCING_KEY, run_key
 from keel.record import RunRecord, pack_fields
 from keel_gateway import redis_trouble, store
 
@@ -100,6 +100,19 @@ async def test_a_clock_that_is_set_back_gives_no_token_twice(
     monkeypatch.setattr(store, "time", SimpleNamespace(time=lambda: 1e9))
     second = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
     assert await eventually(lambda: token(house, second)) > before
+
+
+async def test_an_older_copy_of_the_data_gives_no_token_twice(
+    house: House, stack: AsyncExitStack
+) -> None:
+    client = await house.open(stack)
+    first = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
+    before = await eventually(lambda: token(house, first))
+    house.redis.set(FENCING_KEY, before - 100)
+    house.write(first, phase="SUCCEEDED")
+    second = (await client.post("/v1/jobs", json=SPEC)).json()["id"]
+    assert await eventually(lambda: token(house, second)) == before + 1
+    assert house.redis.get(FENCING_KEY) == str(before + 1).encode()
 
 
 async def test_at_its_memory_limit_writes_are_503_and_reads_go_on(

@@ -135,15 +135,20 @@ class Scheduler:
             self._wake.clear()
             try:
                 await self._look_after(await self.grant_leases())
-                self._stuck = ""
+                self._tell("")
             except RedisError as error:  # the next pass may succeed
-                self._stuck = redis_trouble.describe(error)
-                log.warning("a pass failed: %s", self._stuck)
+                self._tell(redis_trouble.describe(error))
             except Exception as error:
                 log.warning("a pass failed: %s: %s", type(error).__name__, error)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_s):
                     await self._wake.wait()
+
+    def _tell(self, stuck: str) -> None:
+        """Logs once that passes fail, and once that they no longer do."""
+        if stuck != self._stuck:
+            log.warning("%s", stuck or "Redis works again")
+        self._stuck = stuck
 
     async def grant_leases(self) -> list[RunRecord]:
         """Gives what is free to the runs that wait; returns every run that holds a lease now."""

@@ -161,8 +161,12 @@ class Store:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.set(FENCING_KEY, max(int(time.time()), self._last_token), nx=True)
             pipe.incr(FENCING_KEY)
-            self._last_token = int((await pipe.execute())[1])
-        return self._last_token
+            token = int((await pipe.execute())[1])
+        if token <= self._last_token:  # Redis was put back to an older copy of its data
+            token = self._last_token + 1
+            await self._redis.set(FENCING_KEY, token)
+        self._last_token = token
+        return token
 
     async def drained_engines(self) -> frozenset[str]:
         """Addresses of the engines that operators want empty."""
