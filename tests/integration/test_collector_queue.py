@@ -8,11 +8,15 @@ import logging
 import resource
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
 from collector_peers import ScriptedEngine, make_artifact, make_spec, publish, write_run
+from hypothesis import HealthCheck, given
+from hypothesis import settings as checked
+from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 from rediskit import RedisServer
 
@@ -413,6 +417,82 @@ async def test_a_disk_that_takes_no_more_is_waited_for_and_nothing_is_lost(
     assert envelope.void.reason == "x" * 200_000
     assert list(blobs.slots("r", "groups")) == [SlotKey(0, 0, 0)]
     assert caplog.text.count("is held back") == 1
+
+
+class Away(BlobStore):
+    """A store behind a network, whose package has errors of its own."""
+
+    tries = 0
+
+    def put(self, *arguments: Any) -> sequence_pb2.BlobRef:
+        self.tries += 1
+        if self.tries < 3:
+            raise RuntimeError("503 slow down")
+        return super().put(*arguments)
+
+
+async def test_a_store_behind_a_network_may_fail_in_its_own_way(
+    server: RedisServer, client: redis.Redis, artifact: Path
+) -> None:
+    blobs = Away("memory://blobs")
+    write_run(client, make_spec(), artifact, "")
+    async with stream(server.url, QueueSettings(inline_bytes=100, blobs=blobs)) as groups:
+        adding = asyncio.create_task(groups.add(void(0)))
+        await until(lambda: "of slot 0/0/0: 503 slow down" in queue_full(client))
+        await adding
+        await until(lambda: not queue_full(client))
+    ((_, fields),) = client.xrange(GROUPS)
+    assert unpack(fields, run="r", read=lambda ref: blobs.get(ref, run="r")).void.reason
+
+
+async def test_a_void_slot_is_added_though_redis_is_near_its_limit(
+    server: RedisServer, client: redis.Redis, artifact: Path
+) -> None:
+    """It is as small as the entry of a blob, and a lap needs it."""
+    write_run(client, make_spec(), artifact, "")
+    await fill_redis(client, 0.9)
+    async with stream(server.url) as groups:
+        await asyncio.wait_for(groups.add(void(0, size=300)), 5)
+    assert client.xlen(GROUPS) == 1
+
+
+@checked(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    laps=st.lists(st.lists(st.integers(600, 5000), min_size=1, max_size=6), min_size=2, max_size=5),
+    limit=st.integers(1000, 30_000),
+)
+def test_whatever_the_sizes_it_neither_stands_still_nor_exceeds_the_limit(
+    server: RedisServer, laps: list[list[int]], limit: int
+) -> None:
+    """A trainer that acknowledges whole laps, and only when it sees that the collector holds back.
+    Above the limit is only what one lap alone has, and all that was held back comes in the end."""
+
+    async def trained(client: redis.Redis) -> None:
+        async with stream(server.url, QueueSettings(queue_bytes=limit)) as groups:
+            acknowledged = 0
+            for lap, sizes in enumerate(laps):
+                adds = [groups.add(void(lap, slot, size)) for slot, size in enumerate(sizes)]
+                adding = asyncio.gather(*adds)
+                while not adding.done():
+                    flight = in_flight(client)
+                    there = {slot.split("/")[1] for slot in flight}
+                    assert sum(flight.values()) <= limit or len(there) == 1
+                    if queue_full(client):
+                        for covered in range(acknowledged, lap):
+                            acknowledge(client, covered)
+                        acknowledged = lap
+                    await asyncio.sleep(0.01)
+                assert sum(slot_of(f).lap == lap for _, f in client.xrange(GROUPS)) == len(sizes)
+        assert not queue_full(client)
+
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+        write_run(client, make_spec(), Path("/nowhere"), "")
+        asyncio.run(asyncio.wait_for(trained(client), 30))
 
 
 async def test_lap_after_lap_under_a_limit_of_one_lap_and_a_half(

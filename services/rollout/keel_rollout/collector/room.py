@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import redis.asyncio
 
 from keel.blobs import BlobStore, Stream
+from keel.errors import KeelError
 from keel.queue import (
     ENVELOPE_FIELD,
     SLOT_FIELD,
@@ -35,8 +36,8 @@ from keel_rollout.collector.redis_memory import RedisMemory
 
 log = logging.getLogger(__name__)
 
-_SMALL_BYTES = 4096
-"""An envelope no larger than this gains nothing in the blob store."""
+_SMALL_BYTES = 512
+"""Up to this an envelope, a VOID one, say, is as small as the entry of a blob, and always added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +158,14 @@ class Room:
                     packed.blob = await asyncio.to_thread(
                         blobs.put, self._run, stream, packed.slot, packed.data
                     )
-                except OSError as error:
+                except KeelError:
+                    raise
+                except Exception as error:  # OSError, and what the packages of URLs make of it
                     if wait_s == FIRST_S:
                         text = (
                             f"the blob store cannot take {show_bytes(packed.size)} of slot "
-                            f"{packed.slot}: {error}; it tries again until that is mended"
+                            f"{packed.slot}: {error or type(error).__name__}; it tries again until "
+                            "that is mended"
                         )
                         held.enter_context(self._holds.because("blobs", text))
                     await asyncio.sleep(wait_s)
@@ -171,7 +175,7 @@ class Room:
     @contextlib.asynccontextmanager
     async def _redis_has_room(self, place: Place, size: int) -> AsyncIterator[None]:
         """Waits while Redis would have too little left; the bytes count as its own from then on."""
-        while not (level := await self._memory.read()).takes(size):
+        while size > _SMALL_BYTES and not (level := await self._memory.read()).takes(size):
             await self.flight.look(sure=True)
             waits = self.flight.earlier(place)
             remedy = "it waits for a checkpoint, which frees some" if waits else self._remedy()
