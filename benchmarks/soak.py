@@ -38,9 +38,10 @@ WARM_UP = 0.25
 """Share of the time in which caches fill, arenas find their size and nothing is judged."""
 LEAST_BOUND_BYTES, BOUND_SHARE = 8 * 2**20, 0.03
 """Most that a process may grow in the time that is judged: the larger of these."""
-STEP_BYTES = 6 * 1024
+STEP_BYTES = 3 * 1024
 """Most that Redis may keep of a step: its row of metrics, the fingerprint of its version, samples
 of some laps. It is the run's history, which is kept."""
+DATA = "Redis, data"
 SERVICES = ("engine-0", "collector", "trainer", "gateway", "redis")
 INLINE_LIMIT = "2KiB"
 MIB = 2**20
@@ -114,12 +115,8 @@ def disk_bytes(folder: Path) -> int:
 
 def soak(folder: Path, minutes: float) -> tuple[dict[str, Series], dict[str, Any]]:
     """Runs the job for so long; every series by name, and what the run did meanwhile."""
-    blobs = folder / "blobs"
-    args = {
-        "collector": ("--blobs", str(blobs), "--inline-limit", INLINE_LIMIT),
-        "trainer": ("--blobs", str(blobs)),
-    }
-    with Stack(folder / "stack", args=args) as stack, redis.Redis.from_url(stack.redis_url) as db:
+    args = {"collector": ("--inline-limit", INLINE_LIMIT)}
+    with Stack(folder, args=args) as stack, redis.Redis.from_url(stack.redis_url) as db:
         jobs = Jobs(stack.url)
         model = taught_model(jobs)
         spec = job_spec(
@@ -139,9 +136,9 @@ def soak(folder: Path, minutes: float) -> tuple[dict[str, Series], dict[str, Any
         while time.monotonic() - began < 60 * minutes:
             for name, group in processes(stack, job).items():
                 note(name, "bytes", memory_bytes(group))
-            note("Redis, data", "bytes", db.info("memory")["used_memory"])
+            note(DATA, "bytes", db.info("memory")["used_memory"])
             note("job folder", "bytes", disk_bytes(stack.jobs / job))
-            note("blobs", "bytes", disk_bytes(blobs))
+            note("blobs", "bytes", disk_bytes(stack.blobs))
             state = jobs.get(job)
             assert state["phase"] not in FINAL, state
             note("steps", "steps", state["step"] - first)
@@ -166,7 +163,7 @@ def verdicts(series: dict[str, Series], minutes: float) -> list[dict[str, Any]]:
             continue
         part = whole.after(begin_s)
         bound = max(LEAST_BOUND_BYTES, BOUND_SHARE * median(part.values))
-        if name in ("Redis, data", "redis"):
+        if name in (DATA, "redis"):
             bound += STEP_BYTES * step_count
         growth = part.slope() * judged_s
         rows.append(
@@ -207,11 +204,11 @@ def main() -> int:
         "load": round(os.getloadavg()[0], 1),
         "processes": rows,
         "largest_bytes": {
-            name: int(max(series[name].values)) for name in ("job folder", "blobs", "Redis, data")
+            name: int(max(series[name].values)) for name in ("job folder", "blobs", DATA)
         },
     }
     RESULTS.write_text(json.dumps(content, indent=2) + "\n")
-    memory = {row["process"]: series[row["process"]] for row in rows}
+    memory = {row["process"]: series[row["process"]] for row in rows if row["process"] != DATA}
     FIGURE.write_text(
         figure(
             {name: (one.at_s, one.values) for name, one in memory.items()},

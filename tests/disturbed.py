@@ -32,6 +32,8 @@ NAMED: Mapping[str, str] = {
     "apply-probe": "engine-0",
     "mid-lap": "training process",
     "record-publish": "training process",
+    "ledger-save": "training process",
+    "mid-checkpoint": "training process",
     "checkpoint-ack": "training process",
     "blob-entry": "collector",
     "entry-reply": "collector",
@@ -43,6 +45,8 @@ MEANING: Mapping[str, str] = {
     "apply-probe": "new weights in, not yet proved",
     "mid-lap": "a step's row is written, the lap is not over",
     "record-publish": "a version is recorded, not published",
+    "ledger-save": "groups are in the ledger, no checkpoint covers them",
+    "mid-checkpoint": "a checkpoint is half on disk",
     "checkpoint-ack": "a checkpoint is on disk, its groups not acknowledged",
     "blob-entry": "a blob is on disk, its entry not in the queue",
     "entry-reply": "an entry is in the queue, its reply not read",
@@ -79,18 +83,13 @@ class Disturbed:
         self._proxies: dict[str, Proxy] = {}
         self._moments = folder / "moments"
         self._moments.mkdir()
-        self._blobs = folder / "blobs"
-        blobs = ("--blobs", str(self._blobs))
         path = os.pathsep.join(filter(None, (str(MOMENTS), os.environ.get("PYTHONPATH"))))
         env = {"PYTHONPATH": path, "KEEL_MOMENTS": str(self._moments)}
         self.stack = self._exit.enter_context(
             Stack(
                 folder / "stack",
                 via=self._via,
-                args={
-                    "collector": (*blobs, "--inline-limit", str(INLINE_LIMIT_BYTES)),
-                    "trainer": blobs,
-                },
+                args={"collector": ("--inline-limit", str(INLINE_LIMIT_BYTES))},
                 env={name: {**env, "KEEL_CLOCK": f"clock-{name}"} for name in CLOCKS},
             )
         )
@@ -132,7 +131,7 @@ class Disturbed:
         keys = [key for stream in streams for key in (stream, bytes_key(stream))]
         with redis.Redis.from_url(self.stack.redis_url) as client:
             there = [key for key in keys if client.exists(key)]
-        blobs = [path.name for path in (self._blobs / job).rglob("*") if path.is_file()]
+        blobs = [path.name for path in (self.stack.blobs / job).rglob("*") if path.is_file()]
         return [*there, *blobs]
 
     def audit(self, job: str) -> Audit:

@@ -31,7 +31,7 @@ class Point(NamedTuple):
     name: str
     module: str
     function: str
-    """Class.method."""
+    """Class.method, or a function of the module."""
     when: str
     """"before" it or "after" it has returned."""
     only: Callable[..., bool] = lambda *args, **kwargs: True
@@ -45,6 +45,8 @@ POINTS = (
         *("keel_rollout.engines.staging", "Staging.write", "before"),
         lambda staging, *_: staging.staged_bytes > 0,
     ),
+    Point("ledger-save", "keel_trainer.ledger", "Ledger.append", "after"),
+    Point("mid-checkpoint", "keel_trainer.checkpoint", "_sync", "before"),
     Point("checkpoint-ack", "keel_trainer.checkpoint", "Checkpoints.save", "after"),
     Point("record-publish", "keel_trainer.store", "RunStore.record_version", "after"),
     Point("mid-lap", "keel_trainer.store", "RunStore.write_row", "after"),
