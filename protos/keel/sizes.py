@@ -7,7 +7,7 @@ import re
 from keel.codec import routes_dtype
 from keel.errors import InvalidField
 
-TOKEN_BYTES = 4 + 4
+_TOKEN_BYTES = 4 + 4
 """A token id and a log-prob."""
 OTHER_BYTES = 1024
 """The rest of a sequence's message: ids, sampling, versions, reward and its parts, shapes."""
@@ -24,6 +24,11 @@ _UNITS = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
+def token_bytes(*, layers: int, top_k: int, experts: int) -> int:
+    """Bytes of one token: 4 + 4 + L x K x itemsize; see `sequence_bytes`."""
+    return _TOKEN_BYTES + (layers * top_k * routes_dtype(experts).itemsize if layers else 0)
+
+
 def sequence_bytes(tokens: int, *, layers: int, top_k: int, experts: int) -> int:
     """Most bytes of one sequence on the wire: tokens x (4 + 4 + L x K x itemsize), and a little.
 
@@ -36,8 +41,7 @@ def sequence_bytes(tokens: int, *, layers: int, top_k: int, experts: int) -> int
     Example:
         sequence_bytes(32768, layers=48, top_k=8, experts=128) == 12_846_080
     """
-    routes = layers * top_k * routes_dtype(experts).itemsize if layers else 0
-    return tokens * (TOKEN_BYTES + routes) + OTHER_BYTES
+    return tokens * token_bytes(layers=layers, top_k=top_k, experts=experts) + OTHER_BYTES
 
 
 def lap_bytes(

@@ -127,6 +127,9 @@ def test_a_folder_without_an_end_token_is_refused(tmp_path: Path) -> None:
     [
         (["--verifier-workers", "0"], "'0' is not valid; valid: 1 and above"),
         (["--log-level", "loud"], "'loud' is not valid; valid: DEBUG ... ERROR"),
+        (["--queue-bytes", "much"], "'much' is not valid; valid: bytes, such as"),
+        (["--inline-limit", "1.5 parsec"], "'1.5 parsec' is not valid; valid: bytes, such as"),
+        (["--blobs", "nowhere://x"], "'nowhere://x' is not valid: Protocol not known: nowhere"),
     ],
 )
 def test_a_wrong_option_is_named(

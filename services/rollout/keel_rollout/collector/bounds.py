@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from keel.errors import InvalidField
-from keel.sizes import MESSAGE_BYTES, REDIS_VALUE_BYTES, lap_bytes, show_bytes
+from keel.sizes import (
+    MESSAGE_BYTES,
+    OTHER_BYTES,
+    REDIS_VALUE_BYTES,
+    lap_bytes,
+    show_bytes,
+    token_bytes,
+)
 from keel.spec import RunSpec
 from keel_rollout.collector.engine_client import EngineModel
 from keel_rollout.collector.room import QueueSettings
+
+
+class _Bound(NamedTuple):
+    groups: int
+    most: int
+    """Bytes that they may have."""
+    what: str
+    why: str
+    remedy: str
+    """With "{worst}" for the bytes that they could have."""
 
 
 def check_lap_bytes(
@@ -25,37 +44,43 @@ def check_lap_bytes(
     }
     longest = min(prompt_tokens + spec.rollout.max_tokens, signature.max_sequence_tokens)
     group_size, slots = spec.rollout.group_size, spec.slots_per_lap
-    group = lap_bytes(1, group_size, longest, **shape)
-    lap = lap_bytes(slots, group_size, longest, **shape)
     what = f"group_size {group_size} sequences of up to {longest} tokens"
-    if lap > settings.queue_bytes:
-        _refuse(
-            spec,
-            f"a lap of recipe.off_policiness x groups_per_minibatch = {slots} groups of {what} is "
-            f"{show_bytes(lap)} at worst, and --queue-bytes of the collector is "
-            f"{show_bytes(settings.queue_bytes)}",
-            f"a --queue-bytes of {lap} or more",
-            spec.rollout.max_tokens * settings.queue_bytes // lap,
-        )
-    if group > MESSAGE_BYTES:
-        _refuse(
-            spec,
-            f"a group of {what} is {show_bytes(group)} at worst, and no message may have more than "
-            f"{show_bytes(MESSAGE_BYTES)}",
+    limit = settings.queue_bytes
+    bounds = [
+        _Bound(
+            slots,
+            limit,
+            f"a lap of recipe.off_policiness x groups_per_minibatch = {slots} groups of {what}",
+            f"--queue-bytes of the collector is {show_bytes(limit)}",
+            "a --queue-bytes of {worst} or more",
+        ),
+        _Bound(
+            1,
+            MESSAGE_BYTES,
+            f"a group of {what}",
+            f"no message may have more than {show_bytes(MESSAGE_BYTES)}",
             "a smaller rollout.group_size",
-            spec.rollout.max_tokens * MESSAGE_BYTES // group,
+        ),
+    ]
+    if settings.blobs is None:
+        bounds.append(
+            _Bound(
+                1,
+                REDIS_VALUE_BYTES,
+                f"a group of {what}",
+                f"Redis takes no more than {show_bytes(REDIS_VALUE_BYTES)} at once",
+                "a folder for --blobs of collector and trainer",
+            )
         )
-    if settings.blobs is None and group > REDIS_VALUE_BYTES:
-        _refuse(
-            spec,
-            f"a group of {what} is {show_bytes(group)} at worst, and Redis takes no more than "
-            f"{show_bytes(REDIS_VALUE_BYTES)} at once",
-            "a folder for --blobs of collector and trainer",
-            spec.rollout.max_tokens * REDIS_VALUE_BYTES // group,
-        )
-
-
-def _refuse(spec: RunSpec, why: str, remedy: str, fitting: int) -> None:
-    tokens = spec.rollout.max_tokens
-    shorter = f", or about {fitting} tokens and less" if fitting else ""
-    raise InvalidField("rollout.max_tokens", tokens, f"{remedy}{shorter}: {why}")
+    for bound in bounds:
+        worst = lap_bytes(bound.groups, group_size, longest, **shape)
+        if worst > bound.most:
+            one = bound.most // (bound.groups * group_size)
+            fitting = (one - OTHER_BYTES) // token_bytes(**shape) - prompt_tokens
+            shorter = f", or at most {fitting} tokens" if fitting > 0 else ""
+            raise InvalidField(
+                "rollout.max_tokens",
+                spec.rollout.max_tokens,
+                f"{bound.remedy.format(worst=worst)}{shorter}: {bound.what} is "
+                f"{show_bytes(worst)} at worst, and {bound.why}",
+            )

@@ -27,7 +27,7 @@ from keel.queue import (
     SlotKey,
     pack_blob,
 )
-from keel.sizes import show_bytes
+from keel.sizes import REDIS_VALUE_BYTES, show_bytes
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.backoff import FIRST_S, MOST_S
 from keel_rollout.collector.flight import Flight, Place
@@ -143,7 +143,7 @@ class Room:
                     show_bytes(packed.size),
                 )
             return False
-        if packed.size > self.settings.inline_bytes:
+        if packed.size > min(self.settings.inline_bytes, REDIS_VALUE_BYTES):
             return True
         return packed.size > _SMALL_BYTES and not (await self._memory.read()).takes(packed.size)
 
