@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import redis
-from faults import training_process
+from disturbed import training_process
 from jobs import Jobs, job_spec
 from typer.testing import CliRunner
 

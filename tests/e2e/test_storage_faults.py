@@ -11,17 +11,20 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from faults import training_process
+from disturbed import training_process
 from jobs import Jobs, job_spec, model_bytes
+from typer.testing import CliRunner
 
 from keel.dead_letters import parse_dead_letters
 from keel.ledger import FILE, Audit, audit, read
 from keel.queue import dead_letters_key, groups_key
+from keel_gateway.cli import app
 from keel_gateway.stack import Stack
 
 
@@ -110,7 +113,7 @@ def test_a_full_disk_makes_the_run_wait_and_say_so(
 
 
 def test_an_entry_that_nobody_can_read_costs_its_slot_only(
-    jobs: Jobs, stack: Stack, taught: dict[str, Any]
+    jobs: Jobs, stack: Stack, taught: dict[str, Any], tmp_path: Path
 ) -> None:
     """Somebody else's entry for a slot comes before the collector's: the first one counts."""
     job = jobs.submit(job_spec(model=taught))
@@ -127,6 +130,14 @@ def test_an_entry_that_nobody_can_read_costs_its_slot_only(
     assert rows[10]["groups/void"] >= 1, "slots 4 to 7 of lap 2 are step 10"
     result = ledger(stack, job)
     assert (result.dead, result.trained + result.void) == (1, 47)
+    assert jobs.get(job)["dead_letters"] == 1
+    keel = partial(CliRunner().invoke, app, env={"KEEL_URL": stack.url, "COLUMNS": "200"})
+    told = keel(["dead-letters", job, "--save", str(tmp_path)])
+    assert "lap 2, slot 5" in told.output, told.output
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"\xff\xff"]
+    told = keel(["ledger", job])
+    assert told.exit_code == 0, told.output
+    assert f"{result.trained} groups trained, 0 lost, 0 twice" in told.output
 
 
 def test_a_lap_that_nobody_can_read_ends_the_run(
