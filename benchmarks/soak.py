@@ -38,7 +38,7 @@ WARM_UP = 0.25
 """Share of the time in which caches fill, arenas find their size and nothing is judged."""
 LEAST_BOUND_BYTES, BOUND_SHARE = 8 * 2**20, 0.03
 """Most that a process may grow in the time that is judged: the larger of these."""
-STEP_BYTES = 3 * 1024
+STEP_BYTES = 6 * 1024
 """Most that Redis may keep of a step: its row of metrics, the fingerprint of its version, samples
 of some laps. It is the run's history, which is kept."""
 DATA = "Redis, data"

@@ -54,8 +54,8 @@ MEANING: Mapping[str, str] = {
 }
 STOPPED_S, CUT_S, DAY_S = 3.0, 2.0, 86_400.0
 INLINE_LIMIT_BYTES = 2_048
-"""Envelopes above it are blobs: here, nearly all."""
-ARMED_S = 60.0
+"""Envelopes above it are blobs: here, most."""
+ARMED_S = 120.0
 
 
 class Fault(NamedTuple):
@@ -78,7 +78,7 @@ FAULTS = (
 class Disturbed:
     """A stack with proxies between its services, and ways to hurt it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, engine: str = "torch") -> None:
         self._exit = ExitStack()
         self._proxies: dict[str, Proxy] = {}
         self._moments = folder / "moments"
@@ -88,6 +88,7 @@ class Disturbed:
         self.stack = self._exit.enter_context(
             Stack(
                 folder / "stack",
+                engines=(engine,),
                 via=self._via,
                 args={"collector": ("--inline-limit", str(INLINE_LIMIT_BYTES))},
                 env={name: {**env, "KEEL_CLOCK": f"clock-{name}"} for name in CLOCKS},

@@ -91,13 +91,14 @@ def model_bytes(state: dict[str, Any]) -> bytes:
     return (Path(state["model"]) / "model.safetensors").read_bytes()
 
 
-def taught_model(jobs: Jobs) -> dict[str, Any]:
+def taught_model(jobs: Jobs, engine: dict[str, Any] | None = None) -> dict[str, Any]:
     """[model] of a model that gets some problems right: without rewards nothing is updated."""
     state = jobs.run(
         job_spec(
             cold_start={"steps": 400, "batch_size": 32, "learning_rate": 3e-3},
             recipe={"steps": 4},
             evaluation={"every": 0},
+            engine=engine or {},
         )
     )
     return {"path": state["model"]}
