@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from redis.asyncio import Redis
 
@@ -32,6 +33,14 @@ class Lost(NotFound):
     """A run that was there, before Redis lost its data."""
 
 
+class Seen(NamedTuple):
+    """A run as its record last stood: little, as it is kept for every run."""
+
+    phase: Phase
+    step: int
+    folder: str
+
+
 class Continuity:
     """Notices a loss, and remembers it until the gateway ends."""
 
@@ -39,7 +48,7 @@ class Continuity:
         self._redis = redis
         self._marker: bytes | str | None = None
         self._checking = asyncio.Lock()
-        self._known: dict[str, RunRecord | None] = {}
+        self._known: dict[str, Seen | None] = {}
         self._lost: dict[str, str] = {}
         self.notes: list[str] = []
         """A sentence for each loss."""
@@ -51,7 +60,7 @@ class Continuity:
 
     def saw_records(self, records: Iterable[RunRecord]) -> None:
         """Remembers how these runs stand."""
-        self._known |= {record.run: record for record in records}
+        self._known |= {r.run: Seen(r.phase, r.step, r.folder) for r in records}
 
     def missing(self, run: str) -> NotFound:
         """Why there is no such run."""
@@ -78,8 +87,8 @@ class Continuity:
             there = await pipe.execute() if runs else []
         gone = {run: self._known.pop(run) for run, n in zip(runs, there, strict=True) if not n}
         when = f"at about {datetime.fromtimestamp(time.time(), UTC):%H:%M} UTC"
-        self._lost |= {run: _told(run, record, when) for run, record in gone.items()}
-        stopped = [run for run, record in gone.items() if record and not record.phase.final]
+        self._lost |= {run: _told(run, seen, when) for run, seen in gone.items()}
+        stopped = [run for run, seen in gone.items() if seen and not seen.phase.final]
         names = ", ".join(stopped[:MOST_NAMED]) + (", ..." if len(stopped) > MOST_NAMED else "")
         note = (
             f"Redis was restarted without its data (or emptied) {when}: the records of {len(gone)} "
@@ -90,15 +99,15 @@ class Continuity:
         log.error("%s", note)
 
 
-def _told(run: str, record: RunRecord | None, when: str) -> str:
+def _told(run: str, seen: Seen | None, when: str) -> str:
     lost = f"run {run!r} is lost: Redis was restarted without its data (or emptied) {when}, "
-    folder = (record and record.folder) or "its runs folder, on its trainer's disk"
-    if record is None or record.phase.final:
-        ended = f" It had ended ({record.phase})." if record else ""
+    folder = (seen and seen.folder) or "its runs folder, on its trainer's disk"
+    if seen is None or seen.phase.final:
+        ended = f" It had ended ({seen.phase})." if seen else ""
         return f"{lost}and its record with it.{ended} Checkpoints and model are still in {folder}"
-    if record.phase is Phase.QUEUED:
+    if seen.phase is Phase.QUEUED:
         return f"{lost}and its record with it. It had not begun: submit it again"
     return (
-        f"{lost}and its record with it. The run was stopped after step {record.step} or a little "
+        f"{lost}and its record with it. The run was stopped after step {seen.step} or a little "
         f"later. Its checkpoints are still in {folder}; submit it again to run it anew"
     )

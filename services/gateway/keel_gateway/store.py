@@ -134,8 +134,10 @@ class Store:
         async with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(run_key(run))
             pipe.hlen(dead_letters_key(run))
-            raw, self._dead_letters[run] = await pipe.execute()
-        return await self._record(run, raw)
+            raw, dead = await pipe.execute()
+        record = await self._record(run, raw)
+        self._dead_letters[run] = dead
+        return record
 
     async def newest(self, limit: int) -> list[RunRecord]:
         """At most `limit` records, the last submitted first; unreadable ones are left out."""
