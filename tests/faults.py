@@ -25,7 +25,7 @@ from jobs import FINAL, Jobs, job_spec, model_bytes, taught_model
 
 from keel.ledger import Audit
 
-RECOVERY_S = 300.0
+RECOVERY_S, CLEAN_S = 300.0, 60.0
 ENGINES: Mapping[str, dict[str, Any]] = {
     "torch": {"quantize": "fp8"},
     "vllm": {"kind": "vllm", "dtype": "bfloat16", "quantize": "none"},
@@ -33,6 +33,8 @@ ENGINES: Mapping[str, dict[str, Any]] = {
 """[engine] of the job, by kind. vLLM does not repeat its bits: its runs are only audited."""
 OPENING = "grant-start"
 """The moment that comes before everything else of a run."""
+CLOSING = "end-blobs"
+"""The one that comes when it is over."""
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faults.json"
 
 
@@ -119,9 +121,10 @@ def disturbed_run(
     """Runs the job with `faults` inflicted at random moments; returns its final weights."""
     chance = random.Random(seed)
     opening = [fault for fault in faults if fault.kind == OPENING]
+    closing = [fault for fault in faults if fault.kind == CLOSING]
     job = begun(disturbed, spec, opening[:1], table, say)
     for fault in faults:
-        if fault.kind == OPENING:
+        if fault.kind in (OPENING, CLOSING):
             continue
         time.sleep(chance.uniform(0.2, 3.0))
         before = progress(disturbed.jobs, job)
@@ -135,8 +138,17 @@ def disturbed_run(
             before = progress(disturbed.jobs, job)
         after_s = moved_on(disturbed.jobs, job, before, began, fault, table)
         say(f"  {fault.kind}, {fault.victim}: moved on after {after_s:.1f} s")
+    for fault in closing[:1]:
+        disturbed.arm(fault)
     state = disturbed.jobs.wait(job, timeout_s=600)
     assert state["phase"] == "SUCCEEDED", state["error"]
+    for fault in closing[:1]:
+        disturbed.wait_until_reached(fault)
+        table.inflicted[fault] += 1
+    after_s = cleaned_up(disturbed, job)
+    for fault in closing[:1]:
+        table.recoveries_s[fault].append(after_s)
+        say(f"  {fault.kind}, {fault.victim}: cleaned up after {after_s:.1f} s")
     check_books(disturbed, job, spec["recipe"]["steps"], table)
     return model_bytes(state)
 
@@ -178,13 +190,20 @@ def moved_on(
     return table.recoveries_s[fault][-1]
 
 
+def cleaned_up(disturbed: Disturbed, job: str) -> float:
+    """Seconds until a run that is over has left nothing: its phase is told before."""
+    began = time.monotonic()
+    while left := disturbed.left(job):
+        assert time.monotonic() - began < CLEAN_S, f"left behind: {left}"
+        time.sleep(0.1)
+    return time.monotonic() - began
+
+
 def check_books(disturbed: Disturbed, job: str, steps: int, table: Table) -> None:
-    """The run has used every group once, and left nothing behind."""
+    """The run has used every group once."""
     audit = disturbed.audit(job)
     assert not audit.problems, audit.problems
     assert (audit.steps, audit.dead) == (steps, 0), str(audit)
-    left = disturbed.left(job)
-    assert not left, left
     table.audits.append(audit)
 
 

@@ -54,9 +54,9 @@ class Jobs:
             assert time.monotonic() < deadline, f"{job} is still {state['phase']}: {state}"
             time.sleep(0.1)
 
-    def run(self, spec: dict[str, Any]) -> dict[str, Any]:
+    def run(self, spec: dict[str, Any], *, timeout_s: float = 600) -> dict[str, Any]:
         """Submits and waits for success."""
-        state = self.wait(self.submit(spec))
+        state = self.wait(self.submit(spec), timeout_s=timeout_s)
         assert state["phase"] == "SUCCEEDED", state["error"]
         return state
 

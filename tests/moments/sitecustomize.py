@@ -49,6 +49,7 @@ POINTS = (
     Point("mid-checkpoint", "keel_trainer.checkpoint", "_sync", "before"),
     Point("checkpoint-ack", "keel_trainer.checkpoint", "Checkpoints.save", "after"),
     Point("record-publish", "keel_trainer.store", "RunStore.record_version", "after"),
+    Point("end-blobs", "keel_trainer.store", "RunStore.end", "after"),
     Point("mid-lap", "keel_trainer.store", "RunStore.write_row", "after"),
     Point("blob-entry", "keel.blobs", "BlobStore.put", "after"),
     Point(
