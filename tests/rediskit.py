@@ -54,6 +54,16 @@ class RedisServer:
                     assert time.monotonic() < deadline, "redis-server does not answer"
                     time.sleep(0.02)
 
+    def kept(self) -> bytes:
+        """What is on disk now, for `restart_with`."""
+        return (self._folder / "appendonly.aof").read_bytes()
+
+    def restart_with(self, kept: bytes) -> None:
+        """Kills it and starts it with what it had earlier, as after a disk that had lied."""
+        self.stop()
+        (self._folder / "appendonly.aof").write_bytes(kept)
+        self.start()
+
     def stop(self) -> None:
         """Kills it; everything acknowledged is on disk."""
         atexit.unregister(self.stop)

@@ -30,7 +30,7 @@ from redis.asyncio.client import Pipeline
 from rediskit import RedisServer
 
 from keel.codec import fill, to_ndarray, xxh3
-from keel.queue import demos_key, metrics_key, run_key
+from keel.queue import demos_key, metrics_key, run_key, slot_of
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector import produce
@@ -349,6 +349,122 @@ async def test_redis_away_mid_lap_loses_and_repeats_nothing(
     assert len(engine.requests) == 8
 
 
+async def test_what_redis_has_lost_of_a_lap_that_was_out_is_added_again(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Redis comes back as it was before the lap's last slots; the evaluation goes with them."""
+    held = asyncio.Event()
+    answer = engine.Generate
+
+    async def slow(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        if request.id.slot >= 3:
+            await held.wait()
+        await answer(request, context)
+
+    engine.Generate = slow  # type: ignore[method-assign]
+    await engine.stop()
+    engine.address = await engine.start()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 3)
+        kept = server.kept()
+        held.set()
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        whole = [without_times(envelope) for envelope in envelopes(client)]
+        server.restart_with(kept)
+        assert client.xlen("keel:groups:r") == 3
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        await asyncio.sleep(0.2)
+        assert [without_times(envelope) for envelope in envelopes(client)] == whole
+        assert len(client.hgetall("keel:groups:r:bytes")) == 8
+        publish(client, 1)
+        await until(lambda: client.xlen("keel:groups:r") == 16)
+
+
+async def test_what_redis_has_lost_while_the_lap_is_under_way_is_added_again(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    held = asyncio.Event()
+    answer = engine.Generate
+
+    async def slow(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        if request.id.slot >= 3:
+            await held.wait()
+        await answer(request, context)
+
+    engine.Generate = slow  # type: ignore[method-assign]
+    await engine.stop()
+    engine.address = await engine.start()
+    write_run(client, make_spec(), artifact, engine.address, policy_version=0)
+    kept = server.kept()
+    async with collector(server.url):
+        await until(lambda: client.xlen("keel:groups:r") == 3)
+        server.restart_with(kept)
+        assert client.xlen("keel:groups:r") == 0
+        held.set()
+        await until(lambda: client.xlen("keel:groups:r") == 8)
+        await asyncio.sleep(0.2)
+    assert [envelope.id.slot for envelope in envelopes(client)] == list(range(8))
+
+
+@pytest.mark.parametrize("steps", [9, 20])  # all are out; more wait for room
+async def test_lost_demonstrations_are_added_again_and_none_that_were_trained_on(
+    steps: int,
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(produce, "DEMONSTRATIONS_OUTSTANDING", 5)
+    key = demos_key("r")
+    spec = make_spec(cold_start={"steps": steps, "batch_size": 3})
+    write_run(client, spec, artifact, engine.address, phase="COLD_START")
+
+    async def train_on(count: int) -> None:
+        for entry, _ in client.xrange(key, count=count):
+            client.xdel(key, entry)
+        await until(lambda: client.xlen(key) == 5)
+
+    async with collector(server.url):
+        await until(lambda: client.xlen(key) == 5)
+        kept = server.kept()
+        client.hset(run_key("r"), "cold_start_step", 4)
+        await train_on(4)
+        server.restart_with(kept)  # steps 0 to 4 are there, and 5 to 8 are lost
+        client.hset(run_key("r"), "cold_start_step", 4)
+        await asyncio.sleep(0.5)
+        await train_on(4)
+        await asyncio.sleep(0.2)
+    assert [envelope.id.lap for envelope in envelopes(client, key=key)] == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("kept", ["nothing", "three slots"])
+async def test_a_stream_that_is_in_doubt_adds_what_is_not_there_and_nothing_else(
+    server: RedisServer, client: redis.Redis, artifact: Path, kept: str
+) -> None:
+    write_run(client, make_spec(), artifact, "")
+    connection = connect(server.url)
+    stream = make_stream(connection)
+
+    async def add_all() -> list[int]:
+        for slot in range(6):
+            place = sequence_pb2.SlotId(run="r", lap=0, slot=slot)
+            void = sequence_pb2.VoidSlot(reason="x")
+            await stream.add(Packed.of(sequence_pb2.Envelope(id=place, void=void)))
+        return [slot_of(fields).slot for _, fields in client.xrange("keel:groups:r")]
+
+    assert await add_all() == list(range(6))
+    for entry, fields in client.xrange("keel:groups:r"):
+        if kept == "nothing" or slot_of(fields).slot >= 3:
+            client.xdel("keel:groups:r", entry)
+    left = client.xlen("keel:groups:r")
+    assert len(await add_all()) == left, "without a doubt it does not look"
+    stream.doubt()
+    assert await add_all() == list(range(6))
+    await connection.aclose()
+
+
 async def test_a_full_disk_is_waited_for(
     server: RedisServer,
     client: redis.Redis,
@@ -521,6 +637,7 @@ async def test_demonstrations_keep_ahead_of_the_trainer_by_a_bounded_number(
     async with collector(server.url):
         await until(lambda: client.xlen(key) == 5)
         # it takes two more, and a third collector comes
+    client.hset(run_key("r"), "cold_start_step", 7)
     for entry, _ in client.xrange(key, count=2):
         client.xdel(key, entry)
     async with collector(server.url):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import resource
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,20 +28,27 @@ from keel.queue import (
     ENVELOPE_FIELD,
     SlotKey,
     bytes_key,
+    data_key,
     demos_key,
     groups_key,
+    metrics_key,
     run_key,
     slot_of,
     unpack,
 )
 from keel.record import RunRecord
+from keel.spec import RunSpec
 from keel.types.v1 import sequence_pb2
+from keel_rollout.collector.data import RunData
 from keel_rollout.collector.follow import Follower
 from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.main import connect
+from keel_rollout.collector.plan import Plan, Slot
+from keel_rollout.collector.record_write import set_fields, set_first, tell
 from keel_rollout.collector.redis_memory import RedisMemory
 from keel_rollout.collector.room import DEFAULT_QUEUE, Packed, QueueSettings, Room
 from keel_rollout.collector.streams import SlotStream
+from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
 
 GROUPS, BYTES = groups_key("r"), bytes_key(groups_key("r"))
@@ -328,6 +336,125 @@ async def test_a_lap_that_could_be_too_large_fails_the_run_before_anything_is_sa
     assert "8 groups of group_size 4 sequences of up to 30 tokens is 44.3 kB at worst" in error
     assert "--queue-bytes of the collector is 30.0 kB" in error
     assert not engine.requests
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(100_000, True), (200_000, False)])
+async def test_the_longest_prompt_counts_in_whatever_lap_it_comes(
+    server: RedisServer,
+    client: redis.Redis,
+    engine: ScriptedEngine,
+    artifact: Path,
+    tmp_path: Path,
+    limit: int,
+    refused: bool,
+) -> None:
+    """8 x 4 sequences: at most 5 + 24 tokens in lap 0, 300 + 24 in a later one; 600 are too long
+    for the model, and its slot VOID."""
+    path = tmp_path / "d.jsonl"
+    spec = make_spec(
+        task={"dataset": str(path), "verifier": "exact"},
+        recipe={"steps": 20},
+        evaluation={"every": 0},
+    )
+    rows = [{"prompt": f"{i + 10}*2=", "answer": "1"} for i in range(80)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first = {int(slot.problem.prompt.split("*")[0]) - 10 for slot in lap_slots(spec, artifact)}
+    long, void = [row for row in range(80) if row not in first][:2]
+    rows[long]["prompt"], rows[void]["prompt"] = "12*2=" * 60, "12*2=" * 120
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert max(len(slot.prompt_ids_P) for slot in lap_slots(spec, artifact)) == 5
+
+    write_run(client, spec, artifact, engine.address, policy_version=0)
+    async with collector(server.url, QueueSettings(queue_bytes=limit)):
+        await until(lambda: client.hget(run_key("r"), "collector_error") or client.xlen(GROUPS))
+    error = (client.hget(run_key("r"), "collector_error") or b"").decode()
+    assert ("sequences of up to 324 tokens is 157 kB at worst" in error) == refused, error
+    assert bool(engine.requests) != refused
+
+
+def lap_slots(spec: RunSpec, artifact: Path) -> list[Slot]:
+    """The prompts of lap 0."""
+    data = RunData(spec)
+    try:
+        return Plan("r", spec, data, TextCodec.from_artifact(artifact)).lap_slots(0, 0)
+    finally:
+        data.close()
+
+
+async def test_a_record_that_redis_has_lost_does_not_come_back_as_half_a_record(
+    server: RedisServer, client: redis.Redis, artifact: Path
+) -> None:
+    write_run(client, make_spec(), artifact, "")
+    connection = connect(server.url)
+    holds = Holds(connection, "r", "")
+    following = asyncio.create_task(holds.follow())
+    try:
+        with holds.because("blobs", "first"):
+            await until(lambda: queue_full(client) == "first")
+            assert await set_first(connection, "r", data_key("r"), "f", "a")
+            assert await set_first(connection, "r", data_key("r"), "f", "b")
+            assert client.hgetall(data_key("r")) == {b"f": b"a"}, "the first stays"
+            client.flushall()
+            with holds.because("redis", "second"):
+                await until(lambda: client.info("commandstats")["cmdstat_eval"]["calls"] == 4)
+                assert not await set_first(connection, "r", data_key("r"), "f", "a")
+                assert not await set_fields(connection, "r", metrics_key("r"), {"0": "{}"})
+                assert not await tell(connection, "r", collector_error="x")
+    finally:
+        following.cancel()
+        await asyncio.wait({following})
+        await holds.end()
+        await connection.aclose()
+    assert client.keys() == []
+
+
+async def test_a_run_that_redis_loses_in_the_middle_leaves_nothing_behind(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """It is held back as the record goes, and lets go of it a moment later."""
+    write_run(client, make_spec(), artifact, engine.address, policy_version=1)
+    client.hset(BYTES, "0/0/0", 10**6)
+    async with collector(server.url, QueueSettings(queue_bytes=100_000)):
+        await until(lambda: queue_full(client))
+        client.flushall()
+        await asyncio.sleep(1.5)
+    assert client.keys() == []
+
+
+async def test_a_record_that_comes_back_as_it_was_earlier_is_told_again(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Why the run is held back, without which the trainer would not checkpoint; then its end."""
+    write_run(client, make_spec(), artifact, engine.address, policy_version=1)
+    client.hset(BYTES, "0/0/0", 10**6)
+    kept = server.kept()
+    async with collector(server.url, QueueSettings(queue_bytes=100_000)):
+        await until(lambda: queue_full(client))
+        held = server.kept()
+        server.restart_with(kept)
+        assert not queue_full(client)
+        await until(lambda: queue_full(client))
+        client.hdel(BYTES, "0/0/0")
+        await until(lambda: client.xlen(GROUPS) == 8 and not queue_full(client))
+        server.restart_with(held)
+        assert queue_full(client)
+        client.hdel(BYTES, "0/0/0")
+        await until(lambda: client.xlen(GROUPS) == 8 and not queue_full(client))
+
+
+async def test_a_full_redis_is_waited_for_also_within_a_script(
+    server: RedisServer, client: redis.Redis, artifact: Path
+) -> None:
+    write_run(client, make_spec(), artifact, "")
+    client.config_set("maxmemory", 1)
+    connection = connect(server.url)
+    writing = asyncio.create_task(tell(connection, "r", collector_error="x"))
+    await asyncio.sleep(0.3)
+    assert not writing.done()
+    client.config_set("maxmemory", 0)
+    await asyncio.wait_for(writing, 10)
+    await connection.aclose()
+    assert client.hget(run_key("r"), "collector_error") == b"x"
 
 
 async def fill_redis(client: redis.Redis, share: float) -> int:

@@ -23,6 +23,9 @@ _TROUBLE = (
     redis.exceptions.OutOfMemoryError,  # noeviction: wait until the trainer has freed some
     redis.exceptions.ReadOnlyError,  # failover
 )
+_FULL = ("MISCONF", "OOM command not allowed", "READONLY")
+"""As errors of redis-py: MISCONF (its disk is full, say) has no class, the others none where a
+script meets them."""
 
 Result = TypeVar("Result")
 
@@ -56,9 +59,9 @@ class Backoff:
 
 def passes(error: Exception) -> bool:
     """An operation on Redis failed for a reason that goes away by itself or by an operator."""
-    # MISCONF: it cannot write its files, the disk being full, say; redis-py has no class for that
     return isinstance(error, _TROUBLE) or (
-        isinstance(error, redis.exceptions.ResponseError) and "MISCONF" in str(error)
+        isinstance(error, redis.exceptions.ResponseError)
+        and any(sign in str(error) for sign in _FULL)
     )
 
 

@@ -13,17 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import redis.asyncio
 
 from keel.errors import KeelError
 from keel.fleet import ready_engines
-from keel.queue import run_key
-from keel.record import pack_fields
-from keel_rollout.collector.backoff import Backoff, insist
+from keel_rollout.collector.backoff import Backoff
 from keel_rollout.collector.engine_client import EngineClient, EngineFailure, EngineModel
+from keel_rollout.collector.record_write import tell
 from keel_rollout.collector.watched import Watched
 
 log = logging.getLogger(__name__)
@@ -190,13 +187,14 @@ class Fleet:
     async def _tell_drained(self) -> None:
         """Writes which of the draining engines have nothing of this run in flight."""
         written: tuple[str, ...] | None = None
+        restarts = self._watched.restarts
         while True:
             members, record = self._members, self._watched.record
+            if restarts != self._watched.restarts:
+                written, restarts = None, self._watched.restarts  # the record may be an older one
             empty = tuple(a for a in record.draining if a in members and not members[a].cohorts)
             if empty != (record.drained if written is None else written):
-                field: dict[Any, Any] = pack_fields(drained=empty)
-                key = run_key(self._run)
-                await insist(f"run {self._run}", partial(self._redis.hset, key, mapping=field))
+                await tell(self._redis, self._run, drained=empty)
                 written = empty
                 log.info("run %s: drained %s", self._run, ", ".join(empty) or "nobody")
                 continue

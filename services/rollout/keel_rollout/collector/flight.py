@@ -47,6 +47,8 @@ class Flight:
         """Granted, and not added yet."""
         self._began_s = self._next_s = float("-inf")
         """When the last look began, and when there may be another."""
+        self._in_doubt = False
+        """Redis may have other slots than it had, though as many."""
         self._looking = asyncio.Lock()
         self._gauge = 0
 
@@ -75,13 +77,18 @@ class Flight:
                     return
                 await asyncio.sleep(wait_s)
             self._since, self._began_s = {}, time.monotonic()
-            if await insist(f"run {self._run}", self._changed):
+            if self._in_doubt or await insist(f"run {self._run}", self._changed):
+                self._in_doubt = False
                 found = await insist(f"run {self._run}", self._read)
                 self._there = found | self._since
                 self._there_bytes = sum(self._there.values())
             now_s = time.monotonic()
             rest_s = min((now_s - self._began_s) / _SHARE, _MOST_S)
             self._next_s = now_s + max(rest_s, _FRESH_S)
+
+    def doubt(self) -> None:
+        """Redis may have lost some, or have some again."""
+        self._in_doubt = True
 
     @contextlib.contextmanager
     def coming(self, place: Place, size: int) -> Iterator[None]:

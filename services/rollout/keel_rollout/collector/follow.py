@@ -47,6 +47,8 @@ class Follower:
         self._watched: dict[str, Watched] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._over: set[str] = set()
+        self._redis_id = ""
+        """Redis has another one after every restart."""
 
     async def follow(self) -> None:
         """Looks again and again; ends every task when cancelled."""
@@ -70,8 +72,17 @@ class Follower:
         async with self._redis.pipeline(transaction=False) as pipe:
             for run in runs:
                 pipe.hgetall(run_key(run))
-            replies = await pipe.execute()
+            pipe.info("server")
+            *replies, server = await pipe.execute()
+        self._see(server["run_id"])
         return dict(zip(runs, replies, strict=True)) | {run: {} for run in gone}
+
+    def _see(self, redis_id: str) -> None:
+        if self._redis_id not in ("", redis_id):
+            log.warning("Redis was restarted: what it should have of each run is looked at again")
+            for watched in self._watched.values():
+                watched.restarted()
+        self._redis_id = redis_id
 
     def _look(self, run: str, raw: RawRecord) -> None:
         if not raw:

@@ -8,13 +8,13 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import redis.asyncio
 
 from keel.queue import run_key
-from keel.record import pack_fields
 from keel_rollout.collector.backoff import insist
+from keel_rollout.collector.record_write import tell
 from keel_rollout.collector.telemetry import HELD_SECONDS
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class Holds:
         Args:
             told: what the record says at the start: a collector that was killed may have left it.
         """
-        self._redis, self._run, self._told = client, run, told
+        self._redis, self._run = client, run
+        self._told: str | None = told
         self._holds: dict[Cause, _Hold] = {}
         self._change = asyncio.Event()
 
@@ -70,12 +71,17 @@ class Holds:
                 log.info("run %s is no longer held back (%s): %.1f s", self._run, cause, held_s)
                 self._notify()
 
+    def doubt(self) -> None:
+        """The record may no longer say what was told."""
+        self._told = None
+        self._notify()
+
     async def follow(self) -> None:
         """Keeps the record in step until cancelled."""
         counted_s = time.monotonic()
         while True:
             change, causes = self._change, list(self._holds)
-            await insist(f"run {self._run}", self._tell)
+            await self._tell()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_COUNT_S):
                     await change.wait()
@@ -94,12 +100,12 @@ class Holds:
         text = "; ".join(hold.text for hold in self._holds.values())
         if text == self._told:
             return
-        key = run_key(self._run)
         if text:
-            field: dict[Any, Any] = pack_fields(queue_full=text)
-            await self._redis.hset(key, mapping=field)
-        else:
-            await self._redis.hdel(key, "queue_full")  # also in a full Redis
+            await tell(self._redis, self._run, queue_full=text)
+        else:  # also in a full Redis
+            await insist(
+                f"run {self._run}", lambda: self._redis.hdel(run_key(self._run), "queue_full")
+            )
         self._told = text
 
     def _notify(self) -> None:

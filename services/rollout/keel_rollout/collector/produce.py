@@ -10,6 +10,7 @@ import numpy.typing as npt
 import redis.asyncio
 
 from keel import metrics
+from keel.errors import InvalidField
 from keel.queue import SlotKey, metrics_key, run_key
 from keel.rollout.v1 import rollout_service_pb2 as pb
 from keel.spec import COHORT_SEQUENCES, RunSpec
@@ -20,6 +21,7 @@ from keel_rollout.collector.bounds import check_lap_bytes
 from keel_rollout.collector.data import Evaluated, RunData
 from keel_rollout.collector.engine_client import EngineModel
 from keel_rollout.collector.plan import Cohort, Plan, Slot
+from keel_rollout.collector.record_write import set_fields
 from keel_rollout.collector.responses import Response
 from keel_rollout.collector.room import Packed, Room
 from keel_rollout.collector.sender import Sender
@@ -58,7 +60,8 @@ class Producer:
         self._room = room
         self._groups = SlotStream(client, "groups", run, room)
         self._demos = SlotStream(client, "demos", run, room)
-        self._checked = False
+        self._checked: int | None = None
+        """Attempt whose laps are known to fit."""
 
     async def demonstrate(self, attempt: int) -> None:
         """Adds a batch of demonstrations for every supervised step that has none yet."""
@@ -68,21 +71,44 @@ class Producer:
             f"run {self._run}",
             lambda: self._redis.hget(run_key(self._run), "cold_start_step"),
         )
-        first = max(there) + 1 if there else int(done or 0)
+        first = min([int(done or 0), *there])
         for step in range(first, self._spec.cold_start.steps):
+            if SlotKey(attempt, step, 0) in await self._demos.added():
+                continue
             while await self._demos.length() >= DEMONSTRATIONS_OUTSTANDING:
                 await asyncio.sleep(_ROOM_POLL_S)
             await self._demos.add(Packed.of(self._plan.demonstrations(attempt, step)))
         log.info("run %s: demonstrations are out, from step %d on", self._run, first)
 
-    async def check_laps(self) -> None:
+    def doubt(self) -> None:
+        """Redis was restarted: its streams may lack their last entries."""
+        self._groups.doubt()
+        self._demos.doubt()
+
+    async def check_laps(self, attempt: int) -> None:
         """InvalidField if a lap could be more than may be in flight: it could not be held."""
-        if not self._checked:
-            model = await self._sender.model()
-            slots = self._plan.lap_slots(0, 0)
-            prompt_tokens = max(len(slot.prompt_ids_P) for slot in slots)
-            check_lap_bytes(self._spec, model, prompt_tokens, self._room.settings)
-            self._checked = True
+        if self._checked == attempt:
+            return
+        model = await self._sender.model()
+        spec, settings = self._spec, self._room.settings
+        try:  # most jobs fit whatever their prompts are
+            most = model.signature.max_sequence_tokens - spec.rollout.max_tokens
+            check_lap_bytes(spec, model, max(most, 0), settings)
+        except InvalidField:
+            check_lap_bytes(spec, model, await self._longest_prompt(attempt, model), settings)
+        self._checked = attempt
+
+    async def _longest_prompt(self, attempt: int, model: EngineModel) -> int:
+        """Tokens of the longest prompt of all that the attempt will send."""
+        laps, longest = self._spec.laps, 0
+        if self._data.rows:  # of a file, until each row has come once
+            laps = min(laps, -(-self._data.rows // self._spec.slots_per_lap))
+        for lap in range(laps):
+            for slot in self._plan.lap_slots(attempt, lap):
+                if not _too_long(slot, model, self._spec.rollout.max_tokens):
+                    longest = max(longest, len(slot.prompt_ids_P))
+            await asyncio.sleep(0)
+        return longest
 
     async def evaluate(self, attempt: int, version: int) -> None:
         """Rewards of a version on every evaluation set, once, if they are due."""
@@ -98,7 +124,7 @@ class Producer:
             row |= evaluation_columns(evaluated.name, rewards, self._spec.evaluation.pass_reward)
             row.setdefault("accuracy/eval", row[f"eval/{evaluated.name}/avg@{rewards.shape[1]}"])
         encoded = metrics.encode_row(row)
-        await insist(f"run {self._run}", lambda: self._redis.hset(key, field, encoded))
+        await set_fields(self._redis, self._run, key, {field: encoded})
         EVALUATIONS.inc()
         log.info("run %s: after step %d %s", self._run, step, encoded)
 
@@ -149,7 +175,8 @@ class Producer:
         fitting: list[Slot] = []
         for slot in self._plan.lap_slots(attempt, lap):
             if reason := _too_long(slot, model, max_tokens):
-                await self._add(Packed.of(void_envelope(slot, reason)))
+                if not await self._has(slot):
+                    await self._add(Packed.of(void_envelope(slot, reason)))
             else:
                 fitting.append(slot)
         sampling = self._sampling(self._spec.rollout.temperature, max_tokens)

@@ -19,8 +19,8 @@ import redis.asyncio
 
 from keel import codec
 from keel.errors import DatasetError, KeelError
-from keel.queue import data_key, run_key
-from keel.record import RunRecord, pack_fields
+from keel.queue import data_key
+from keel.record import RunRecord
 from keel.spec import RunSpec, VerifierSpec
 from keel_rollout.collector.backoff import insist
 from keel_rollout.collector.data import RunData
@@ -28,6 +28,7 @@ from keel_rollout.collector.fleet import Fleet
 from keel_rollout.collector.holds import Holds
 from keel_rollout.collector.plan import Plan
 from keel_rollout.collector.produce import Producer
+from keel_rollout.collector.record_write import set_first, tell
 from keel_rollout.collector.room import Room
 from keel_rollout.collector.sender import Sender, next_try, together
 from keel_rollout.collector.text import TextCodec
@@ -49,6 +50,7 @@ async def collect(
     fleet = Fleet(watched, client)
     holds = Holds(client, run, watched.record.queue_full)
     room = make_room(run, holds)
+    watched.on_restart += [holds.doubt, room.flight.doubt]
     try:
         await watched.until(lambda record: not record.collector_error)
         number = partial(insist, f"run {run}", partial(next_try, client, run))
@@ -61,8 +63,7 @@ async def collect(
         else:
             message = f"the collector failed: {type(error).__name__}: {error}"
             log.exception("run %s", run)
-        field = pack_fields(collector_error=message)
-        await insist(f"run {run}", lambda: client.hset(run_key(run), mapping=field))  # type: ignore[arg-type]
+        await tell(client, run, collector_error=message)
     finally:
         await fleet.close()
         await holds.end()
@@ -97,6 +98,7 @@ async def _work(
             room=room,
             pool=pool,
         )
+        watched.on_restart.append(producer.doubt)
         await _follow(watched, producer)
     finally:
         data.close()
@@ -105,27 +107,37 @@ async def _work(
 async def _follow(watched: Watched, producer: Producer) -> None:
     """Does the work of each place that the record comes to, until cancelled."""
     while True:
-        place = _place(watched.record)
-        log.info("run %s: attempt %d, version %s", watched.record.run, *place)
-        work = asyncio.create_task(_produce(producer, watched.record))
-        moved = asyncio.create_task(watched.until(lambda r, place=place: _place(r) != place))  # type: ignore[misc]
+        place = _place(watched)
+        log.info("run %s: attempt %d, version %s", watched.record.run, *place[:2])
+        work = asyncio.create_task(_produce(producer, watched))
+        moved = asyncio.create_task(
+            watched.until(lambda _, place=place: _place(watched) != place)  # type: ignore[misc]
+        )
         try:
             await asyncio.wait({work, moved}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()  # raises what it raised
-                await moved
         finally:
             await _cancel(work)
             await _cancel(moved)
 
 
-async def _produce(producer: Producer, record: RunRecord) -> None:
+async def _produce(producer: Producer, watched: Watched) -> None:
+    """Does the work of the record's place; again for what a restarted Redis has lost of it."""
+    record = watched.record
+    while True:
+        restarts = watched.restarts
+        await _pass(producer, record)
+        await watched.restarted_after(restarts)
+
+
+async def _pass(producer: Producer, record: RunRecord) -> None:
     if record.policy_version is None:
         await producer.demonstrate(record.attempt)
         return
     sampling = record.policy_version < record.spec.laps
     if sampling:
-        await producer.check_laps()
+        await producer.check_laps(record.attempt)
     await producer.evaluate(record.attempt, record.policy_version)
     if sampling:
         await producer.produce_lap(record.attempt, record.policy_version)
@@ -148,9 +160,10 @@ async def check_same(
     if text.template is not None:
         hashes["model.chat_template"] = f"{codec.xxh3(text.template.source.encode()):016x}"
     for field, found in hashes.items():
-        await insist(f"run {run}", lambda f=field, x=found: client.hsetnx(key, f, x))  # type: ignore[misc]
+        if not await set_first(client, run, key, field, found):
+            return  # the run is gone
         began = await insist(f"run {run}", lambda f=field: client.hget(key, f))  # type: ignore[misc]
-        if began != found.encode():
+        if began is not None and began != found.encode():
             raise DatasetError(
                 field,
                 data.path(field) or "template",
@@ -159,8 +172,11 @@ async def check_same(
             )
 
 
-def _place(record: RunRecord) -> tuple[int, int | None]:
-    return record.attempt, record.policy_version
+def _place(watched: Watched) -> tuple[int, int | None, int]:
+    record = watched.record
+    # demonstrations that wait for room would wait for ever for a trainer that waits for lost ones
+    restarts = watched.restarts if record.policy_version is None else 0
+    return record.attempt, record.policy_version, restarts
 
 
 async def _cancel(task: asyncio.Task) -> None:

@@ -25,9 +25,11 @@ _AT_ONCE = 8
 class SlotStream:
     """One stream of one run. There is one producer, so what it has added needs no second look.
 
-    After a start, and after an addition that was cancelled or whose reply was lost, the stream is
-    read to see what is there. The trainer makes the stream and, when the run is over, deletes it:
-    an addition never makes it anew.
+    After a start, after an addition that was cancelled or whose reply was lost, and after a restart
+    of Redis, the stream is read to see what is there. The trainer acknowledges no entry of a lap
+    before all of them are trained on, so what is not there then is added again; a slot that comes
+    twice is taken once. The trainer makes the stream and, when the run is over, deletes it: an
+    addition never makes it anew.
     """
 
     def __init__(self, client: redis.asyncio.Redis, name: Stream, run: str, room: Room) -> None:
@@ -35,17 +37,23 @@ class SlotStream:
         self._key = (groups_key if name == "groups" else demos_key)(run)
         self._added: set[SlotKey] = set()
         self._in_doubt = True
-        """The stream may hold more than `_added`."""
+        """The stream may hold more than `_added`, or less."""
+        self._since: set[SlotKey] = set()
+        """Added since the last reading began."""
         self._reading = asyncio.Lock()
         self._adding = asyncio.Semaphore(_AT_ONCE)
 
+    def doubt(self) -> None:
+        """Redis may have lost entries that it had."""
+        self._in_doubt = True
+
     async def added(self) -> set[SlotKey]:
-        """Slots known to be, or to have been, in the stream."""
+        """Slots that are in the stream, or were there after it was last in doubt."""
         async with self._reading:  # one reads for all that ask
             while self._in_doubt:
-                self._in_doubt = False
+                self._in_doubt, self._since = False, set()
                 try:
-                    self._added |= await self._read()
+                    self._added = await self._read() | self._since
                 except BaseException:
                     self._in_doubt = True
                     raise
@@ -59,6 +67,7 @@ class SlotStream:
                 trouble = await self._try(packed, fields)
             if not trouble:
                 self._added.add(packed.slot)
+                self._since.add(packed.slot)
                 return
             await backoff.wait(trouble)
 
