@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -19,7 +19,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from keel.codec import xxh3
-from keel.errors import IntegrityError, NotFound, WireError
+from keel.errors import IntegrityError, KeelError, NotFound, WireError
 from keel.queue import SlotKey
 from keel.types.v1 import sequence_pb2
 
@@ -27,6 +27,17 @@ Stream = Literal["demos", "groups"]
 
 _NAME = re.compile(r"(demos|groups)-([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,10})-([0-9a-f]{16})")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@contextlib.contextmanager
+def _as_os_error(root: str) -> Iterator[None]:
+    """Whatever a client of some store raises where the store fails, is an OSError to us."""
+    try:
+        yield
+    except (OSError, KeelError):
+        raise
+    except Exception as error:
+        raise OSError(f"{root}: {type(error).__name__}: {error}") from error
 
 
 class BlobStore:
@@ -51,11 +62,12 @@ class BlobStore:
         digest = xxh3(data)
         name = f"{stream}-{slot.attempt}-{slot.lap}-{slot.slot}-{digest:016x}"
         folder = self._folder(run)
-        self._fs.makedirs(folder, exist_ok=True)
-        if self._local:
-            _write_synced(Path(folder), name, data)
-        else:
-            self._fs.pipe_file(f"{folder}/{name}", data)
+        with _as_os_error(self.root):
+            self._fs.makedirs(folder, exist_ok=True)
+            if self._local:
+                _write_synced(Path(folder), name, data)
+            else:
+                self._fs.pipe_file(f"{folder}/{name}", data)
         return sequence_pb2.BlobRef(uri=f"{run}/{name}", size_bytes=len(data), xxh3=digest)
 
     def get(self, ref: sequence_pb2.BlobRef, *, run: str) -> bytes:
@@ -63,17 +75,22 @@ class BlobStore:
 
         Raises:
             WireError: `ref` does not name a blob of this run.
-            NotFound: it is not there.
+            NotFound: it is not there, and the run's folder is.
+            OSError: the folder is not there either: the store is, say, not mounted.
             IntegrityError: it has other bytes.
         """
         folder, _, name = ref.uri.partition("/")
         if folder != run or not _NAME.fullmatch(name):
             valid = f"{run}/STREAM-ATTEMPT-LAP-SLOT-HASH"
             raise WireError(f"blob.uri: {ref.uri[:200]!r} is not valid; valid: {valid}")
-        try:
-            data = self._fs.cat_file(f"{self._folder(run)}/{name}")
-        except FileNotFoundError as error:
-            raise NotFound(f"blob {ref.uri} is not in {self.root}") from error
+        with _as_os_error(self.root):
+            try:
+                data = self._fs.cat_file(f"{self._folder(run)}/{name}")
+            except FileNotFoundError as error:
+                self._fs.invalidate_cache(self._path)
+                if self._fs.exists(self._folder(run)):
+                    raise NotFound(f"blob {ref.uri} is not in {self.root}") from error
+                raise OSError(f"{self.root} has nothing of run {run}: is it mounted?") from error
         if len(data) != ref.size_bytes or xxh3(data) != ref.xxh3:
             raise IntegrityError(
                 f"blob {ref.uri} in {self.root} has {len(data)} bytes with xxh3 {xxh3(data):016x}; "
@@ -83,13 +100,8 @@ class BlobStore:
 
     def slots(self, run: str, stream: Stream) -> dict[SlotKey, list[str]]:
         """Names of the blobs of a stream, by slot."""
-        try:
-            listed = self._fs.ls(self._folder(run), detail=False)
-        except FileNotFoundError:
-            return {}
         found: dict[SlotKey, list[str]] = {}
-        for path in listed:
-            name = PurePosixPath(path).name
+        for name in self._names(self._folder(run)):
             if (match := _NAME.fullmatch(name)) and match[1] == stream:
                 slot = SlotKey(int(match[2]), int(match[3]), int(match[4]))
                 found.setdefault(slot, []).append(name)
@@ -100,21 +112,37 @@ class BlobStore:
         there = self.slots(run, stream)
         for slot in there.keys() & set(slots):
             for name in there[slot]:
-                with contextlib.suppress(FileNotFoundError):
+                with _as_os_error(self.root), contextlib.suppress(FileNotFoundError):
                     self._fs.rm_file(f"{self._folder(run)}/{name}")
+        if self._local:
+            self._remove_unfinished(run, stream, slots)
 
     def runs(self) -> list[str]:
         """Runs that have blobs, or had."""
-        try:
-            listed = self._fs.ls(self._path, detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(name for path in listed if _RUN.fullmatch(name := PurePosixPath(path).name))
+        return sorted(name for name in self._names(self._path) if _RUN.fullmatch(name))
 
     def remove_run(self, run: str) -> None:
         """Removes all blobs of a run, and its folder."""
-        with contextlib.suppress(FileNotFoundError):
+        with _as_os_error(self.root), contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._folder(run), recursive=True)
+
+    def _remove_unfinished(self, run: str, stream: Stream, slots: Collection[SlotKey]) -> None:
+        """Files of these slots that somebody who was killed had begun to write."""
+        begun = {f".{stream}-{slot.attempt}-{slot.lap}-{slot.slot}" for slot in slots}
+        folder = Path(self._folder(run))
+        for path in folder.glob(f".{stream}-*"):
+            if path.name.rpartition("-")[0] in begun:
+                path.unlink(missing_ok=True)
+
+    def _names(self, folder: str) -> list[str]:
+        with _as_os_error(self.root):
+            # other processes write here too, which a listing kept by fsspec would not show
+            self._fs.invalidate_cache(folder)
+            try:
+                listed = self._fs.ls(folder, detail=False)
+            except FileNotFoundError:
+                return []
+        return [PurePosixPath(path).name for path in listed]
 
     def _folder(self, run: str) -> str:
         if not _RUN.fullmatch(run):

@@ -180,7 +180,7 @@ def audit(lines: Iterable[Line]) -> Audit:
     lines = list(lines)
     opened = [line for line in lines if isinstance(line, Opened)]
     if not opened:
-        return Audit()
+        return Audit(lost=["the line that says how the run began"]) if lines else Audit()
     count, undone = counting(lines)
     result = Audit(takeovers=len(opened) - 1)
     groups = [used for used in count if used.kind == "group"]
@@ -189,8 +189,12 @@ def audit(lines: Iterable[Line]) -> Audit:
     result.trained, result.void, result.dead = (
         outcomes.count(outcome) for outcome in ("trained", "void", "dead")
     )
-    result.steps = max((used.step for used in groups), default=0)
-    result.cold_start_steps = max((used.step for used in demonstrations), default=0)
+    # what a checkpoint covers was done, whether or not a line tells of it
+    covered = [line for line in lines if not isinstance(line, Used)]
+    result.steps = max(line.step for line in [*covered, *groups])
+    result.cold_start_steps = max(
+        [line.cold_start_step for line in covered] + [used.step for used in demonstrations]
+    )
     due = {("group", step, *place) for step, place in _places(opened[0], result.steps)}
     due |= {("demonstrations", step + 1, step, 0) for step in range(result.cold_start_steps)}
     there = [(used.kind, used.step, used.lap, used.slot) for used in count]

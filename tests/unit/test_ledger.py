@@ -137,3 +137,12 @@ def test_what_is_no_ledger_says_where(tmp_path: Path) -> None:
     file.write_bytes(b"what\n")
     with pytest.raises(WireError, match="ledger, line 1"):
         read(file)
+
+
+def test_a_checkpoint_beyond_what_was_used_and_a_missing_beginning_are_seen() -> None:
+    beyond = [opened(), *step(1), *step(2), Checkpointed(step=4, cold_start_step=1)]
+    lost = audit(beyond).lost
+    assert lost[0] == "supervised step 1 is missing"
+    assert lost[1:] == [f"step {3 + slot // B}, slot 1/{slot} is missing" for slot in range(2 * B)]
+    assert audit(step(1)).lost == ["the line that says how the run began"]
+    assert audit([]).problems == []

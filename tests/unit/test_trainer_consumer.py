@@ -14,7 +14,7 @@ from rediskit import start_redis
 
 from keel.blobs import BlobStore
 from keel.dead_letters import TRIES, parse_dead_letters
-from keel.errors import IntegrityError, WireError
+from keel.errors import FencedError, IntegrityError, WireError
 from keel.queue import (
     CONSUMER_GROUP,
     SlotKey,
@@ -27,12 +27,20 @@ from keel.queue import (
     pack_blob,
     run_key,
 )
+from keel.record import Phase
 from keel.types.v1 import sequence_pb2
 from keel_trainer import consumer
+from keel_trainer import store as store_module
 from keel_trainer.consumer import SlotReader, Taken
 from keel_trainer.store import RunLostError, RunStore
 
 KEY = groups_key("r")
+
+
+@pytest.fixture(autouse=True)
+def slow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine something that is there may take a while."""
+    monkeypatch.setattr(consumer, "_CHECK_S", 30.0)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +56,7 @@ def empty(client: redis.Redis) -> None:
 @pytest.fixture
 def client(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[redis.Redis]:
     monkeypatch.setattr(consumer, "_RETRY_S", 0.0)
+    monkeypatch.setattr(consumer, "_LOOK_S", 0.0)
     monkeypatch.setattr(consumer, "_STORAGE_RETRY_S", 0.0)
     with redis.Redis.from_url(server) as client:
         empty(client)
@@ -175,13 +184,49 @@ def test_a_checkpoint_s_laps_stay_until_they_are_let_go(client: redis.Redis) -> 
     assert (client.xlen(KEY), in_flight(client)) == (0, set())
 
 
-def test_check_is_called_while_waiting(client: redis.Redis) -> None:
+@pytest.mark.parametrize("others_come", [False, True])
+def test_check_is_called_while_waiting(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch, others_come: bool
+) -> None:
+    monkeypatch.setattr(consumer, "_CHECK_S", 0.0)
+    checks = []
+
     def stop() -> None:
-        raise InterruptedError
+        checks.append(1)
+        if len(checks) == 20:
+            raise InterruptedError
+        if others_come:
+            add(client, 0, len(checks))
 
     slots = reader(client)
     with pytest.raises(InterruptedError):
         slots.reason(0, 0, stop)
+
+
+def test_what_a_trainer_without_a_lease_takes_meanwhile_is_found(client: redis.Redis) -> None:
+    """It reads on for a moment, under the same name: nobody else would ever be given that."""
+    stopped, successor = reader(client), reader(client)
+    add(client, 0, 0)
+    assert (stopped.reason(0, 0), successor.reason(0, 0)) == ("0/0", "0/0")
+    for slot in range(1, 200):
+        add(client, 0, slot)
+    stopped.reason(0, 199)
+    for slot in range(1, 200):
+        assert successor.reason(0, slot, nothing) == f"0/{slot}"
+    assert successor.acknowledge(1) == 200
+
+
+def test_a_stream_that_is_covered_whole_goes_unread(client: redis.Redis, tmp_path: Path) -> None:
+    blobs = BlobStore(str(tmp_path))
+    files = [add_blob(client, blobs, lap, 0) for lap in range(3)]
+    slots = reader(client, blobs=blobs)
+    assert slots.in_flight()
+    assert not slots.holds(3), "it has not looked yet"
+    slots.drop()
+    slots.drop()
+    assert not slots.in_flight()
+    assert [client.exists(key) for key in (KEY, bytes_key(KEY))] == [0, 0]
+    assert not any(file.exists() for file in files)
 
 
 class LosesReplies:
@@ -216,6 +261,72 @@ def test_more_entries_than_one_command_takes(client: redis.Redis) -> None:
     assert slots.reason(0, 2499) == "0/2499"
     assert slots.acknowledge(1) == 2500
     assert (client.xlen(KEY), pending(client), in_flight(client)) == (0, 0, set())
+
+
+def test_a_full_redis_takes_acknowledgements_and_readers_wait(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its memory limit Redis refuses whole transactions: this is what makes room in it."""
+    monkeypatch.setattr(store_module, "_FULL_RETRY_S", 0.0)
+    for slot in range(3):
+        add(client, 0, slot)
+    slots = reader(client)
+    slots.reason(0, 2)
+    client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.OutOfMemoryError):
+            client.set("some", "thing")
+        assert slots.acknowledge(1) == 3
+        assert (client.xlen(KEY), in_flight(client)) == (0, set())
+        refused = []
+
+        def write() -> None:
+            refused.append(1)
+            if len(refused) == 3:
+                client.config_set("maxmemory", 0)
+            client.set("some", "thing")
+
+        slots._store._insist(write)
+        assert len(refused) == 3
+    finally:
+        client.config_set("maxmemory", 0)
+
+
+class TakesNoWrites:
+    """A client whose first XREADGROUPs are refused, as where Redis's disk is full."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client, self.refused = client, 0
+
+    def xreadgroup(self, *args: Any, **options: Any) -> Any:
+        if self.refused < 3:
+            self.refused += 1
+            raise redis.ResponseError("MISCONF Redis is configured to save RDB snapshots, but ...")
+        return self._client.xreadgroup(*args, **options)
+
+
+def test_a_redis_that_takes_no_writes_is_read_again(client: redis.Redis) -> None:
+    add(client, 0, 0)
+    refusing = TakesNoWrites(client)
+    assert reader(client, reading=refusing).reason(0, 0, nothing) == "0/0"
+    assert refusing.refused == 3
+
+
+def test_a_run_is_ended_once_by_who_has_the_lease(client: redis.Redis) -> None:
+    client.hset(run_key("r"), mapping={"fencing_token": 5, "phase": "TRAINING"})
+    add(client, 0, 0)
+    with pytest.raises(FencedError, match="lease 4 is over, 5 has it now"):
+        RunStore(client, "r", 4).end(Phase.FAILED, error="late")
+    assert (client.hget(run_key("r"), "phase"), client.xlen(KEY)) == (b"TRAINING", 1)
+    RunStore(client, "r", 5).end(Phase.CANCELLED)
+    assert client.hget(run_key("r"), "phase") == b"CANCELLED"
+    assert [client.exists(key) for key in (KEY, bytes_key(KEY))] == [0, 0]
+    RunStore(client, "r", 5).end(Phase.FAILED, error="too late")
+    assert client.hget(run_key("r"), "phase") == b"CANCELLED"
+    client.delete(run_key("r"))
+    with pytest.raises(RunLostError):
+        RunStore(client, "r", 5).end(Phase.FAILED)
+    assert client.exists(run_key("r")) == 0
 
 
 def test_a_stream_that_is_gone_ends_the_run(client: redis.Redis) -> None:
@@ -312,6 +423,7 @@ def test_a_failure_that_passes_leaves_no_letter(client: redis.Redis) -> None:
 
     assert reader(client).take(0, 0, third_time_lucky, nothing).content == "good"
     assert client.hlen(dead_letters_key("r")) == 0
+    assert client.exists(failures_key(KEY)) == 0, "after a restart they would count on"
 
 
 def test_an_entry_of_nobody_is_a_dead_letter_at_once(client: redis.Redis) -> None:
@@ -398,8 +510,52 @@ def test_a_blob_store_that_is_away_is_waited_for(
     assert client.hlen(dead_letters_key("r")) == 0
 
 
-def test_without_a_blob_store_the_reason_says_which_flag_is_missing(
+def test_a_store_that_is_not_mounted_and_a_trainer_without_one_wait_and_say_so(
     client: redis.Redis, tmp_path: Path
 ) -> None:
-    add_blob(client, BlobStore(str(tmp_path)), 0, 0)
-    assert "the trainer has no --blobs" in take(reader(client), 0).reason
+    """A vanished blob costs its slot; these would cost every slot."""
+    blobs = BlobStore(str(tmp_path / "blobs"))
+    add_blob(client, blobs, 0, 0)
+    told = []
+
+    class Stopped(BaseException):
+        pass
+
+    def check() -> None:
+        told.append(client.hget(run_key("r"), "trouble"))
+        if len(told) == 2 * TRIES:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        reader(client).reason(0, 0, check)
+    assert b"start the trainer with --blobs" in told[-1]
+    told.clear()
+    (tmp_path / "blobs").rename(tmp_path / "elsewhere")
+    with pytest.raises(Stopped):
+        reader(client, blobs=blobs).reason(0, 0, check)
+    assert b"has nothing of run r: is it mounted?" in told[-1]
+    (tmp_path / "elsewhere").rename(tmp_path / "blobs")
+    assert reader(client, blobs=blobs).reason(0, 0, nothing) == "0/0"
+    assert client.hlen(dead_letters_key("r")) == 0
+
+
+def test_blobs_that_cannot_be_removed_go_with_a_later_acknowledgement(
+    client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs = BlobStore(str(tmp_path))
+    files = [add_blob(client, blobs, lap, 0) for lap in range(3)]
+    begun = tmp_path / "r" / ".groups-0-1-0-0123456789abcdef"
+    begun.write_bytes(b"whoever wrote this was killed")
+    slots = reader(client, blobs=blobs)
+    assert [slots.reason(lap, 0) for lap in range(3)] == ["0/0", "1/0", "2/0"]
+
+    def away(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(blobs, "remove", away)
+        assert slots.acknowledge(1) == 1
+    assert [file.exists() for file in files] == [True, True, True]
+    assert slots.acknowledge(2) == 1
+    assert [file.exists() for file in files] == [False, False, True]
+    assert not begun.exists()

@@ -26,10 +26,12 @@ from keel.queue import (
     DRAINED_KEY,
     FENCING_KEY,
     RUNS_KEY,
+    bytes_key,
     checkpoints_key,
     dead_envelopes_key,
     dead_letters_key,
     demos_key,
+    failures_key,
     groups_key,
     metrics_key,
     run_key,
@@ -206,7 +208,9 @@ class Store:
 
     async def drop_streams(self, run: str) -> None:
         """Removes demonstrations and groups of a run that no trainer will train on."""
-        await self._redis.delete(demos_key(run), groups_key(run))
+        streams = (demos_key(run), groups_key(run))
+        about = [of(stream) for stream in streams for of in (bytes_key, failures_key)]
+        await self._redis.delete(*streams, *about)
 
     async def rows(self, record: RunRecord, *, after: int, limit: int) -> list[Row]:
         """Metric rows of steps in (after, record.step], ascending, at most `limit`."""

@@ -26,6 +26,8 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
+_PRESET_BYTES = 5 * 2**20
+"""About what one takes."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,11 +38,15 @@ def prepare_artifact(spec: RunSpec, folder: Path) -> Path:
     Raises:
         ModelError: the user's folder is not a model folder; says what is missing.
         InvalidField: the job asks for longer responses than the model takes.
+        StorageError: the disk takes no more. May be repeated.
     """
     kind, _, name = spec.model.path.partition(":")
     if kind == "preset":
         if not (folder / "config.json").is_file():
-            _make_preset(PRESETS[name], spec, folder)
+            try:
+                _make_preset(PRESETS[name], spec, folder)
+            except (OSError, SafetensorError) as error:
+                raise StorageError(folder, _PRESET_BYTES, error) from error
         path = folder
     else:
         path = check_model_folder(Path(spec.model.path).expanduser())

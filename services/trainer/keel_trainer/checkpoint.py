@@ -100,7 +100,17 @@ class Checkpoints:
                 return progress, state
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.error("%s cannot be used, taking the one before: %s", folder, error)
+                self._set_aside(folder)
         return None
+
+    def _set_aside(self, folder: Path) -> None:
+        """Keeps a broken checkpoint to be looked at, where it is neither used nor counted."""
+        aside = folder.with_name(f"broken-{folder.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        except OSError as error:
+            log.warning("%s stays where it is: %s", folder, error)
 
     def existing(self, off_policiness: int, cold_start_steps: int) -> list[CheckpointInfo]:
         """What is on disk, the oldest first; folders that cannot be read are left out.

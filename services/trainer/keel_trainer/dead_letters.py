@@ -39,6 +39,10 @@ class DeadLetters:
         """Those of the slots whose blobs nobody will want to look at."""
         return [slot for slot in slots if slot not in self._slots]
 
+    def mended(self, entry: str) -> None:
+        """The entry could be read after all: what failed before does not count any more."""
+        self._store.forget_failures(self._stream, entry)
+
     def failed(self, entry: str, slot: SlotKey, fields: Mapping[bytes, bytes], reason: str) -> bool:
         """Counts a failure; True if it was the last one, and the entry is given up."""
         tries = self._store.count_failure(self._stream, entry)

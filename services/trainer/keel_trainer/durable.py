@@ -96,13 +96,12 @@ class Durable:
         check: Callable[[], object],
     ) -> None:
         """Acknowledges all that has been trained on, by a checkpoint out of turn if need be."""
-        lap = progress.step // self._spec.recipe.off_policiness
-        if not (self._demos.holds(progress.cold_start_step) or self._groups.holds(lap)):
-            return
-        if self._covered != progress:
+        if self._covered is not None and self._holds(self._covered):
+            self._acknowledge(self._covered)  # that may do, and needs no room on any disk
+        elif self._holds(progress):
             log.info("a checkpoint out of turn, after step %d", progress.step)
             self.checkpoint(progress, state, check)
-        self._acknowledge(progress)
+            self._acknowledge(progress)
 
     def list_checkpoints(self) -> None:
         """Tells which checkpoints there are."""
@@ -115,9 +114,22 @@ class Durable:
         """See `storage.insist`."""
         return insist(what, write, tell=self._store.tell, check=check)
 
+    def _holds(self, covered: Progress) -> bool:
+        """Something that it covers is still in the queue."""
+        if self._cold_start_over(covered) and self._demos.in_flight():
+            return True
+        lap = covered.step // self._spec.recipe.off_policiness
+        return self._demos.holds(covered.cold_start_step) or self._groups.holds(lap)
+
     def _acknowledge(self, covered: Progress) -> None:
-        self._demos.acknowledge(covered.cold_start_step)
+        if self._cold_start_over(covered):
+            self._demos.drop()
+        else:
+            self._demos.acknowledge(covered.cold_start_step)
         self._groups.acknowledge(covered.step // self._spec.recipe.off_policiness)
+
+    def _cold_start_over(self, covered: Progress) -> bool:
+        return covered.cold_start_step >= self._spec.cold_start.steps
 
 
 def used(

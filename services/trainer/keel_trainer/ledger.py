@@ -17,21 +17,24 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._size: int | None = None
-        """Bytes of whole lines; None before the first look, and after a write that failed."""
+        """Bytes of whole lines; None before the first look."""
+        self._torn = False
+        """The last write failed: there may be more than that."""
 
     def append(self, lines: Iterable[Line]) -> None:
         """Returns once the lines are on disk.
 
         Raises:
-            StorageError: they are not. May be repeated.
+            StorageError: they are not, or it is not known. May be repeated.
             FencedError: somebody else has written to the file meanwhile.
         """
         data = encode(lines)
         try:
             self._write(data)
         except OSError as error:
-            self._size = None
+            self._torn = True
             raise StorageError(self._path.parent, len(data), error) from error
+        self._torn = False
 
     def _write(self, data: bytes) -> None:
         created = not self._path.exists()
@@ -40,12 +43,13 @@ class Ledger:
             there = file.tell()
             if self._size is None:
                 self._size = len(whole(self._path.read_bytes()))
-                file.truncate(self._size)
-            elif there != self._size:
+            elif there != self._size and not self._torn:
                 raise FencedError(
                     f"{self._path} has {there} bytes and this process knows of {self._size}: "
                     "another trainer has the run"
                 )
+            if there != self._size:
+                file.truncate(self._size)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

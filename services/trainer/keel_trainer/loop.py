@@ -35,6 +35,7 @@ from keel_trainer.ledger import Ledger
 from keel_trainer.publish import Publisher
 from keel_trainer.samples import Sampler
 from keel_trainer.sequences import TrainSequence
+from keel_trainer.storage import insist
 from keel_trainer.store import RunStore
 from keel_trainer.version import SharedWeights, Version, probe_tokens
 
@@ -102,7 +103,12 @@ class TrainingRun:
         spec, recipe = record.spec, record.spec.recipe
         started_s = record.started_s or time.time()
         store.write(phase=Phase.PREPARING, error="", trouble="", started_s=started_s, paused=False)
-        artifact = prepare_artifact(spec, folder / "base")
+        artifact = insist(
+            "the base artifact",
+            lambda: prepare_artifact(spec, folder / "base"),
+            tell=store.tell,
+            check=store.read,
+        )
         backend = TorchBackend.from_pretrained(
             artifact,
             dtype=spec.model.dtype,
@@ -389,7 +395,7 @@ class TrainingRun:
             raise IntegrityError(
                 f"after step {self.step} the run made version {self.newest_version} once, and what "
                 "it was trained on is neither in the stream nor covered by a checkpoint that can "
-                "be read: restore the newest checkpoint"
+                "be read: it cannot go on; submit it anew"
             )
 
     def _check_record(self) -> RunRecord:

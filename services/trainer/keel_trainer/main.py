@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
+from keel.blobs import BlobStore
 from keel.errors import InvalidField
 from keel.rpc import serve
 from keel.telemetry import FLAG, HELP, serve_metrics
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--blobs",
         metavar="FOLDER|URL",
+        type=_blobs,
         default=env("KEEL_BLOBS", ""),
         help="the collector's --blobs: where it puts what is too large for the queue (KEEL_BLOBS)",
     )
@@ -79,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{HELP} (KEEL_TRAINER_METRICS)",
     )
     return parser
+
+
+def _blobs(root: str) -> str:
+    try:
+        BlobStore(root)
+    except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
+        raise argparse.ArgumentTypeError(f"{root!r} is not valid: {error}") from error
+    return root
 
 
 async def _serve(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import redis
 import torch
 
 from keel.blobs import BlobStore
@@ -16,7 +17,7 @@ from keel.errors import FencedError, KeelError
 from keel.record import Phase
 from keel_trainer.loop import CancelledError, TrainingRun
 from keel_trainer.storage import drop_blobs
-from keel_trainer.store import UNREACHABLE, RunLostError, RunStore, connect
+from keel_trainer.store import RunLostError, RunStore, connect
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         log.warning("%s", error)
     except RunLostError as error:
         log.error("stopped: %s; its checkpoints stay in %s", error, args.runs / args.run)
-    except UNREACHABLE as error:
-        log.warning("Redis is away, giving up for now: %s", error)
+    except redis.RedisError as error:
+        # whatever it is, the run's data is as it was: it is started again
+        log.warning("Redis fails, giving up for now: %s: %s", type(error).__name__, error)
         return 1
     return 0
 
@@ -59,10 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(store: RunStore, args: argparse.Namespace) -> int:
     blobs = BlobStore(args.blobs) if args.blobs else None
     try:
-        if store.read().phase.final:
-            # killed after its last write
-            store.drop_streams()
-        else:
+        if not store.read().phase.final:
             TrainingRun.open(
                 store,
                 connect(args.redis, retries=0),
@@ -75,7 +74,7 @@ def _train(store: RunStore, args: argparse.Namespace) -> int:
     except CancelledError:
         log.info("cancelled")
         store.end(Phase.CANCELLED)
-    except (FencedError, RunLostError, *UNREACHABLE):
+    except (FencedError, RunLostError, redis.RedisError):
         raise
     except Exception as error:
         # whatever it was, its user must read it in the record

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 
 _WATCH_INTERVAL_S = 0.5
 _RESTART_DELAY_S = 1.0
-_MAX_FAILURES = 10
+_MAX_FAILURES, _FAILURES_WITHIN_S = 10, 3600.0
+"""More deaths of a run's process than this within this time, in one place, end the run."""
 _STOP_GRACE_S = 5.0
 
 
@@ -153,8 +155,9 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
         await asyncio.gather(*self._children.values(), return_exceptions=True)
 
     async def _supervise(self, run: str, fencing_token: int) -> None:
-        failures, progress = 0, None
-        while failures <= _MAX_FAILURES:
+        deaths: list[float] = []
+        place = None
+        while len(deaths) <= _MAX_FAILURES:
             child = await asyncio.create_subprocess_exec(
                 *self._options.argv(run, fencing_token),
                 env=self._options.env(),
@@ -171,15 +174,20 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
             log.warning("run %s: child %d ended with status %d", run, child.pid, status)
             await asyncio.sleep(_RESTART_DELAY_S)
             try:
-                before, progress = progress, await self._progress(run)
+                at = await self._progress(run)
             except RunLostError as lost:
                 log.error("run %s is not started again: %s", run, lost)
                 return
-            failures = failures + 1 if progress == before else 1
+            if at is None:
+                continue  # no fault of the run
+            now_s = time.monotonic()
+            if at != place:
+                deaths, place = [], at
+            deaths = [*(s for s in deaths if now_s - s < _FAILURES_WITHIN_S), now_s]
         if (await self._record(run)).phase.final:
             return
         store = self._store(run, fencing_token)
-        error = f"its training process died {failures} times in one place, with status {status}"
+        error = f"its training process died {len(deaths)} times in one place, with status {status}"
         await asyncio.to_thread(store.end, Phase.FAILED, error=error)
         await asyncio.to_thread(drop_blobs, self._blobs, run)
 

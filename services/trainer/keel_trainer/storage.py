@@ -52,11 +52,14 @@ def insist(
         tell: says why the run stands still; empty: it goes on.
         check: called before each new try; raises to give up.
     """
+    told = ""
     while True:
         try:
             result = write()
         except StorageError as error:
-            tell(f"{what} waits for room: {error}; the run goes on by itself when there is some")
+            if str(error.__cause__) != told:  # the free bytes change all the time
+                tell(f"{what} waits for room: {error}; the run goes on when there is some")
+                told = str(error.__cause__)
         else:
             tell("")
             return result

@@ -6,9 +6,10 @@ may look as if the run went on.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import redis
@@ -55,14 +56,43 @@ def connect(url: str, *, retries: int = 20) -> redis.Redis:
 
 
 _FULL = ("OOM command not allowed", "MISCONF", "READONLY")
-"""Redis is up and takes no writes: its memory or its disk is full, or it is a replica now."""
+"""Signs that Redis is up and takes no writes: memory or disk full, or it is a replica now."""
 _FULL_RETRY_S = 2.0
+_PAGE = 1000
 _HSET_IF = """
 if redis.call("EXISTS", KEYS[1]) == 0 then return -1 end
 return redis.call("HSET", KEYS[2], unpack(ARGV))
 """
+# a script, since a full Redis refuses every transaction, and this is what makes room in it
+_ACKNOWLEDGE = """
+local ids, slots = cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
+redis.call("XACK", KEYS[1], ARGV[1], unpack(ids))
+redis.call("HDEL", KEYS[2], unpack(ids))
+if #slots > 0 then redis.call("HDEL", KEYS[3], unpack(slots)) end
+return redis.call("XDEL", KEYS[1], unpack(ids))
+"""
+_END = """
+local token = redis.call("HGET", KEYS[1], "fencing_token")
+local phase = redis.call("HGET", KEYS[1], "phase")
+if redis.call("EXISTS", KEYS[1]) == 0 then return "lost" end
+if token and tonumber(token) > tonumber(ARGV[1]) then return token end
+redis.call("DEL", unpack(KEYS, 2))
+local count = tonumber(ARGV[2])
+for index = 3, count + 2 do
+  if ARGV[index] == phase then return "over" end
+end
+redis.call("HSET", KEYS[1], unpack(ARGV, count + 3))
+return "ended"
+"""
 
 Result = TypeVar("Result")
+
+
+def takes_no_writes(error: redis.ResponseError) -> bool:
+    """Redis is full, say: the same command may succeed later."""
+    # redis-py has a class for some of these, and takes the sign out of their text
+    known = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
+    return isinstance(error, known) or any(sign in str(error) for sign in _FULL)
 
 
 class RunLostError(NotFound):
@@ -75,6 +105,8 @@ class RunStore:
     def __init__(self, client: redis.Redis, run: str, fencing_token: int) -> None:
         self.redis, self.run, self.token = client, run, fencing_token
         self._hset_if = client.register_script(_HSET_IF)
+        self._acknowledge = client.register_script(_ACKNOWLEDGE)
+        self._end = client.register_script(_END)
         self._told = ""
 
     def read(self) -> RunRecord:
@@ -84,9 +116,7 @@ class RunStore:
             raise self._lost()
         record = RunRecord.from_hash(self.run, raw)
         if record.fencing_token > self.token:
-            raise FencedError(
-                f"run {self.run!r}: lease {self.token} is over, {record.fencing_token} has it now"
-            )
+            raise self._fenced(record.fencing_token)
         return record
 
     def write(self, **fields: object) -> None:
@@ -124,15 +154,29 @@ class RunStore:
         return bool(self.redis.hexists(metrics_key(self.run), evaluation_field(attempt, step)))
 
     def end(self, phase: Phase, *, error: str = "") -> None:
-        """Writes the final phase; what is left in the run's streams goes."""
-        self.write(phase=phase, error=error, trouble="", finished_s=time.time())
-        self.drop_streams()
+        """Writes the final phase, and what is left in the run's streams goes; both or neither.
 
-    def drop_streams(self) -> None:
-        """Removes demonstrations and groups: nobody will train on them."""
+        A run that is over stays as it is. Raises RunLostError, or FencedError as `read`.
+        """
+        final = [str(one) for one in Phase if one.final]
+        fields = pack_fields(phase=phase, error=error, trouble="", finished_s=time.time())
+        pairs = [part for pair in fields.items() for part in pair]
+        keys = [run_key(self.run), *self._queue_keys()]
+        args: list[str | int] = [self.token, len(final), *final, *pairs]
+        found = self._insist(lambda: self._end(keys=keys, args=args))
+        if found == b"lost":
+            raise self._lost()
+        if found not in (b"over", b"ended"):
+            raise self._fenced(int(found))
+
+    def drop_stream(self, stream: str) -> None:
+        """Removes a stream that nobody will add to or read any more."""
+        keys = (stream, bytes_key(stream), failures_key(stream))
+        self._insist(lambda: self.redis.delete(*keys))
+
+    def _queue_keys(self) -> list[str]:
         streams = (demos_key(self.run), groups_key(self.run))
-        about = [of(stream) for stream in streams for of in (bytes_key, failures_key)]
-        self._insist(lambda: self.redis.delete(*streams, *about))
+        return [*streams, *(of(stream) for stream in streams for of in (bytes_key, failures_key))]
 
     def make_stream(self, stream: str) -> None:
         """Makes a stream with its consumer group, unless they are there."""
@@ -146,25 +190,42 @@ class RunStore:
 
     def acknowledge(self, stream: str, entries: Sequence[tuple[bytes, SlotKey | None]]) -> None:
         """Acknowledges and deletes entries, with what is kept about them, all at once."""
-        ids = [entry_id for entry_id, _ in entries]
-        slots = {str(slot) for _, slot in entries if slot is not None}
-
-        def remove() -> None:
-            with self.redis.pipeline(transaction=True) as pipe:
-                pipe.xack(stream, CONSUMER_GROUP, *ids)
-                pipe.xdel(stream, *ids)
-                pipe.hdel(failures_key(stream), *[entry_id.decode() for entry_id in ids])
-                if slots:
-                    pipe.hdel(bytes_key(stream), *slots)
-                pipe.execute()
-
+        ids = [entry_id.decode() for entry_id, _ in entries]
+        slots = sorted({str(slot) for _, slot in entries if slot is not None})
         if ids:
-            self._insist(remove)
+            keys = [stream, failures_key(stream), bytes_key(stream)]
+            args = [CONSUMER_GROUP, json.dumps(ids), json.dumps(slots)]
+            self._insist(lambda: self._acknowledge(keys=keys, args=args))
+
+    def in_flight(self, stream: str) -> dict[bytes, bytes]:
+        """Bytes by slot of what is not acknowledged."""
+        return self.redis.hgetall(bytes_key(stream))  # type: ignore[return-value]
+
+    def pending(self, stream: str) -> Iterator[bytes]:
+        """Ids of all entries that were delivered and are not acknowledged, in order."""
+        begin = "-"
+        while True:
+            page: Any = self.redis.xpending_range(stream, CONSUMER_GROUP, begin, "+", _PAGE)
+            for item in page:
+                yield item["message_id"]
+            if len(page) < _PAGE:
+                return
+            begin = f"({page[-1]['message_id'].decode()}"
+
+    def entry(self, stream: str, entry_id: bytes) -> dict[bytes, bytes] | None:
+        """The fields of an entry; None if it is not there."""
+        found: Any = self.redis.xrange(stream, min=entry_id, max=entry_id)
+        return found[0][1] if found else None
 
     def count_failure(self, stream: Stream, entry: str) -> int:
         """Counts one more failure to read an entry; returns how many there were."""
         key = failures_key(demos_key(self.run) if stream == "demos" else groups_key(self.run))
         return int(self._insist(lambda: self.redis.hincrby(key, entry, 1)))
+
+    def forget_failures(self, stream: Stream, entry: str) -> None:
+        """The entry could be read after all."""
+        key = failures_key(demos_key(self.run) if stream == "demos" else groups_key(self.run))
+        self._insist(lambda: self.redis.hdel(key, entry))
 
     def dead_letters(self) -> Mapping[bytes, bytes]:
         """See `keel.dead_letters`."""
@@ -203,6 +264,9 @@ class RunStore:
         if self._insist(lambda: self._hset_if(keys=keys, args=pairs)) == -1:
             raise self._lost()
 
+    def _fenced(self, token: int) -> FencedError:
+        return FencedError(f"run {self.run!r}: lease {self.token} is over, {token} has it now")
+
     def _lost(self) -> RunLostError:
         return RunLostError(
             f"run {self.run!r} has no record in Redis: Redis has lost its data (restarted without "
@@ -215,7 +279,7 @@ class RunStore:
             try:
                 return operation()
             except redis.ResponseError as error:
-                if not any(sign in str(error) for sign in _FULL):
+                if not takes_no_writes(error):
                     raise
                 log.warning("Redis takes no writes, again in %.0f s: %s", _FULL_RETRY_S, error)
                 time.sleep(_FULL_RETRY_S)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,8 +112,9 @@ class SharedWeights:
                     path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Removes the run's folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Removes the run's folder, unless another trainer of the run has something in it."""
+        with suppress(OSError):
+            self._folder.rmdir()
 
 
 def _write(path: Path, version: Version) -> None:
