@@ -188,7 +188,11 @@ class TrainerServicer(pb_grpc.TrainerServiceServicer):
             return
         store = self._store(run, fencing_token)
         error = f"its training process died {len(deaths)} times in one place, with status {status}"
-        await asyncio.to_thread(store.end, Phase.FAILED, error=error)
+        try:
+            await asyncio.to_thread(store.end, Phase.FAILED, error=error)
+        except (FencedError, RunLostError) as over:
+            log.warning("%s", over)
+            return
         await asyncio.to_thread(drop_blobs, self._blobs, run)
 
     async def _progress(self, run: str) -> tuple[int, int] | None:
