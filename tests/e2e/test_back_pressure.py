@@ -9,6 +9,7 @@ from typing import Any
 import redis
 from jobs import FINAL, Jobs, job_spec, model_bytes
 
+from keel.ledger import FILE, audit, read
 from keel.queue import bytes_key, groups_key
 from keel_gateway.stack import Stack
 
@@ -42,6 +43,8 @@ def test_a_run_goes_on_though_its_queue_holds_two_laps_at_most(
         assert not left
         assert not [path for path in stack.blobs.rglob("*") if path.is_file()]
         log = stack.log_file("collector").read_text()
+        assert "a checkpoint out of turn" in stack.log_file("trainer").read_text()
+        assert audit(read(stack.jobs / job / FILE)).problems == []
     assert 0 < most <= QUEUE_BYTES
     assert blobs >= 4
     assert "is held back: " in log
