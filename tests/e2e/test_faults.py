@@ -175,4 +175,4 @@ def test_lost_checkpoints_end_the_run_with_words(
     shutil.rmtree(stack.jobs / job / "checkpoints")
     state = jobs.wait(job)
     assert state["phase"] == "FAILED"
-    assert "restore the newest checkpoint" in state["error"]
+    assert "it cannot go on; submit it anew" in state["error"]
