@@ -28,7 +28,7 @@ from keel.queue import (
 from keel.spec import parse_spec
 from keel.types.v1 import sequence_pb2
 from keel_trainer.sequences import RouteShape
-from keel_trainer.steps import MiniBatch, decode_demonstrations
+from keel_trainer.steps import MiniBatch, decode_demonstrations, decode_group
 
 VOCABULARY = 16
 SHAPE = RouteShape(moe_layers=2, top_k=2, num_experts=16)
@@ -99,16 +99,8 @@ def decode(envelope: sequence_pb2.Envelope) -> None:
     if envelope.WhichOneof("payload") == "demonstrations":
         decode_demonstrations(envelope, VOCABULARY)
         return
-    MiniBatch.assemble(
-        [envelope],
-        SPEC,
-        vocab_size=VOCABULARY,
-        routes=SHAPE,
-        routes_needed=True,
-        trainer_version=3,
-        device="cpu",
-        show=True,
-    )
+    slot = decode_group(envelope, SPEC, vocab_size=VOCABULARY, routes=SHAPE, routes_needed=True)
+    MiniBatch.assemble([slot], SPEC, trainer_version=3, device="cpu", show=True)
 
 
 def group() -> sequence_pb2.Envelope:
