@@ -547,11 +547,17 @@ def test_watch_that_is_interrupted_exits_130_and_says_that_the_job_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # tests that run in the background of a shell ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         process.send_signal(number)
-        rest, complaint = process.communicate(timeout=20)
+        try:
+            rest, complaint = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     assert process.returncode == 130
     assert "TRAINING" in first
     assert "keel cancel first-abcdef" in (complaint if flags else rest)
