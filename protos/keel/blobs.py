@@ -13,17 +13,15 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from keel.codec import xxh3
+from keel.disk import sync
 from keel.errors import IntegrityError, KeelError, NotFound, WireError
-from keel.queue import SlotKey
+from keel.queue import SlotKey, Stream
 from keel.types.v1 import sequence_pb2
-
-Stream = Literal["demos", "groups"]
 
 _NAME = re.compile(r"(demos|groups)-([0-9]{1,10})-([0-9]{1,10})-([0-9]{1,10})-([0-9a-f]{16})")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -163,8 +161,4 @@ def _write_synced(folder: Path, name: str, data: bytes | bytearray) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)

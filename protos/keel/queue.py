@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from google.protobuf.message import DecodeError
 
@@ -21,8 +21,19 @@ from keel.errors import WireError
 from keel.types.v1 import sequence_pb2
 
 SLOT_FIELD, ENVELOPE_FIELD, BLOB_FIELD = b"slot", b"envelope", b"blob"
+Stream = Literal["demos", "groups"]
 CONSUMER_GROUP = "trainer"
 """The one consumer group of each stream."""
+
+IF_KNOWN = """
+if redis.call("EXISTS", KEYS[1]) == 0 then return -1 end
+return redis.call(ARGV[1], KEYS[2], unpack(ARGV, 2))
+"""
+"""Script for writes into a run: KEYS run_key and the key to write, ARGV a command and what follows
+the key in it. -1 where there is no record: one that Redis has lost gets nothing half back."""
+FULL_SIGNS = ("OOM command not allowed", "MISCONF", "READONLY")
+"""In the text of an error: Redis is up and takes no writes (its memory or its disk is full, or it
+is a replica), and may take the same one later."""
 
 RUNS_KEY = "keel:runs"
 """Sorted set of run ids, scored by submission time in seconds; a later one always higher."""
@@ -48,6 +59,11 @@ def demos_key(run: str) -> str:
 def groups_key(run: str) -> str:
     """Stream: one envelope a slot."""
     return f"keel:groups:{run}"
+
+
+def stream_key(run: str, stream: Stream) -> str:
+    """One of the two above."""
+    return demos_key(run) if stream == "demos" else groups_key(run)
 
 
 def metrics_key(run: str) -> str:
@@ -93,6 +109,12 @@ def failures_key(stream: str) -> str:
     return f"{stream}:failures"
 
 
+def queue_keys(run: str) -> list[str]:
+    """Both streams of a run and what is kept about their entries: all that goes when it is over."""
+    streams = (demos_key(run), groups_key(run))
+    return [*streams, *(of(stream) for stream in streams for of in (bytes_key, failures_key))]
+
+
 def dead_letters_key(run: str) -> str:
     """Hash: entries that were given up, JSON (`keel.dead_letters`)."""
     return f"keel:dead-letters:{run}"
@@ -130,10 +152,14 @@ class SlotKey(NamedTuple):
         return f"{self.attempt}/{self.lap}/{self.slot}"
 
 
+def pack_bytes(slot: SlotKey, data: bytes) -> dict[bytes, bytes]:
+    """A serialized envelope as the fields of a stream entry."""
+    return {SLOT_FIELD: str(slot).encode(), ENVELOPE_FIELD: data}
+
+
 def pack(envelope: sequence_pb2.Envelope) -> dict[bytes, bytes]:
     """An envelope as the fields of a stream entry."""
-    slot = str(SlotKey.of(envelope.id)).encode()
-    return {SLOT_FIELD: slot, ENVELOPE_FIELD: envelope.SerializeToString()}
+    return pack_bytes(SlotKey.of(envelope.id), envelope.SerializeToString())
 
 
 def pack_blob(slot: SlotKey, blob: sequence_pb2.BlobRef) -> dict[bytes, bytes]:

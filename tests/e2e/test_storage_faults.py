@@ -7,6 +7,7 @@ given up; and its ledger adds up.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -76,31 +77,61 @@ def test_a_broken_checkpoint_costs_time_only(
     assert result.again > 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+class SmallDisk:
+    """Too little room for what a training process writes into a folder, until `grow`.
+
+    A small file system there; where mounting is not allowed, a limit to the process's files, which
+    fails half-way through a write just so.
+    """
+
+    def __init__(self, folder: Path, process: Callable[[], int | None]) -> None:
+        self._folder, self._process = folder, process
+        folder.mkdir(parents=True)
+        self._mounted = self._mount("-t", "tmpfs", "-o", "size=25m", "keel-test")
+        self.says = "No space left on device" if self._mounted else "File too large"
+        if not self._mounted:
+            self._limit(8_000_000)
+
+    def grow(self) -> None:
+        """There is room from now on."""
+        if self._mounted:
+            assert self._mount("-o", "remount,size=64m")
+        else:
+            self._limit(resource.RLIM_INFINITY)
+
+    def close(self) -> None:
+        """What was mounted goes."""
+        if self._mounted:
+            subprocess.run(["umount", "-l", str(self._folder)], check=True)
+
+    def _mount(self, *options: str) -> bool:
+        command = ["mount", *options, str(self._folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    def _limit(self, size_bytes: int) -> None:
+        pid = until(self._process, "the training process")
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size_bytes, hard))
+
+
 def test_a_full_disk_makes_the_run_wait_and_say_so(
     jobs: Jobs, stack: Stack, undisturbed: dict[str, Any], taught: dict[str, Any]
 ) -> None:
     """Room for two checkpoints of 11 MB, and a third is needed before the first can go."""
     job = jobs.submit(job_spec(model=taught))
     folder = stack.jobs / job / "checkpoints"
-    folder.mkdir(parents=True)
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=25m", "keel-test", str(folder)], capture_output=True
-    )
-    if mounted.returncode:
-        jobs.http.post(f"/v1/jobs/{job}/cancel")
-        pytest.skip(f"no small disk to be had: {mounted.stderr.decode().strip()}")
+    disk = SmallDisk(folder, lambda: training_process(job))
     try:
         reason = until(
             lambda: "waits for room" in (text := jobs.get(job)["reason"]) and text, "the reason"
         )
         assert f"cannot write to {folder}" in reason
-        assert "No space left on device" in reason
+        assert disk.says in reason
         assert "bytes needed" in reason
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
         there = jobs.get(job)
         assert (there["phase"], there["error"]) == ("TRAINING", "")
-        subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        disk.grow()
         end = jobs.wait(job)
         assert end["phase"] == "SUCCEEDED", end["error"]
         assert (end["reason"], model_bytes(end)) == ("", model_bytes(undisturbed))
@@ -109,7 +140,7 @@ def test_a_full_disk_makes_the_run_wait_and_say_so(
         if not jobs.get(job)["finished_at"]:
             jobs.http.post(f"/v1/jobs/{job}/cancel")
             jobs.wait(job)
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        disk.close()
 
 
 def test_an_entry_that_nobody_can_read_costs_its_slot_only(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -16,7 +16,6 @@ from collector_peers import (
     ScriptedEngine,
     envelopes,
     lease,
-    make_artifact,
     make_spec,
     without_times,
     write_run,
@@ -34,25 +33,6 @@ from keel_rollout.collector.verify import VerifierPool
 Start = Callable[..., Awaitable[ScriptedEngine]]
 PAIRS = make_spec(rollout={"group_size": 128})
 """Laps of four cohorts, two groups each."""
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def client(server: RedisServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as client:
-        yield client
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return make_artifact(tmp_path / "base")
 
 
 @pytest.fixture

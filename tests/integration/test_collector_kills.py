@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,22 +67,6 @@ Pipeline.execute = die_in_transaction
 main()
 """
 """A collector that kills itself at its third addition."""
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[ScriptedEngine]:
-    engine = ScriptedEngine()
-    engine.address = await engine.start()
-    yield engine
-    await engine.stop()
 
 
 async def until(holds: Callable[[], object], seconds: float = 60) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from unittest.mock import AsyncMock
 
@@ -20,7 +20,6 @@ from collector_peers import (
     ScriptedEngine,
     envelopes,
     lease,
-    make_artifact,
     make_spec,
     publish,
     without_times,
@@ -42,33 +41,6 @@ from keel_rollout.collector.redis_memory import MemoryLevel, RedisMemory
 from keel_rollout.collector.room import DEFAULT_QUEUE, Packed, QueueSettings, Room
 from keel_rollout.collector.streams import SlotStream
 from keel_rollout.collector.verify import VerifierPool
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def client(server: RedisServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as client:
-        yield client
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[ScriptedEngine]:
-    engine = ScriptedEngine()
-    engine.address = await engine.start()
-    yield engine
-    await engine.stop()
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return make_artifact(tmp_path / "base")
 
 
 @contextlib.asynccontextmanager
@@ -349,10 +321,8 @@ async def test_redis_away_mid_lap_loses_and_repeats_nothing(
     assert len(engine.requests) == 8
 
 
-async def test_what_redis_has_lost_of_a_lap_that_was_out_is_added_again(
-    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
-) -> None:
-    """Redis comes back as it was before the lap's last slots; the evaluation goes with them."""
+async def held_from_the_fourth_slot_on(engine: ScriptedEngine) -> asyncio.Event:
+    """Slots 3 and later are answered once the event is set."""
     held = asyncio.Event()
     answer = engine.Generate
 
@@ -364,6 +334,14 @@ async def test_what_redis_has_lost_of_a_lap_that_was_out_is_added_again(
     engine.Generate = slow  # type: ignore[method-assign]
     await engine.stop()
     engine.address = await engine.start()
+    return held
+
+
+async def test_what_redis_has_lost_of_a_lap_that_was_out_is_added_again(
+    server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
+) -> None:
+    """Redis comes back as it was before the lap's last slots; the evaluation goes with them."""
+    held = await held_from_the_fourth_slot_on(engine)
     write_run(client, make_spec(), artifact, engine.address, policy_version=0)
     async with collector(server.url):
         await until(lambda: client.xlen("keel:groups:r") == 3)
@@ -384,17 +362,7 @@ async def test_what_redis_has_lost_of_a_lap_that_was_out_is_added_again(
 async def test_what_redis_has_lost_while_the_lap_is_under_way_is_added_again(
     server: RedisServer, client: redis.Redis, engine: ScriptedEngine, artifact: Path
 ) -> None:
-    held = asyncio.Event()
-    answer = engine.Generate
-
-    async def slow(request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        if request.id.slot >= 3:
-            await held.wait()
-        await answer(request, context)
-
-    engine.Generate = slow  # type: ignore[method-assign]
-    await engine.stop()
-    engine.address = await engine.start()
+    held = await held_from_the_fourth_slot_on(engine)
     write_run(client, make_spec(), artifact, engine.address, policy_version=0)
     kept = server.kept()
     async with collector(server.url):

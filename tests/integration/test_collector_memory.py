@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import redis
 from collector_peers import make_artifact, make_spec, write_run
 from long_rollouts import EXPERTS, LAYERS, TOKENS, TOP_K, LongEngine
@@ -25,14 +23,6 @@ SPEC = make_spec(
     rollout={"group_size": GROUP_SIZE, "max_tokens": TOKENS},
     recipe={"off_policiness": 2, "groups_per_minibatch": 6, "steps": 2},
 )
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
 
 
 def memory(pid: int, field: str) -> int:

@@ -67,14 +67,6 @@ class Service:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def engine(tmp_path: Path) -> Iterator[Service]:
     engine = Service(tmp_path / "engine.log", "keel_rollout.engine_main", "--listen", "127.0.0.1:0")
     engine.start()

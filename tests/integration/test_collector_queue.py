@@ -7,14 +7,15 @@ import contextlib
 import json
 import logging
 import resource
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
-from collector_peers import ScriptedEngine, make_artifact, make_spec, publish, write_run
+from collector_peers import ScriptedEngine, make_spec, publish, write_run
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given
 from hypothesis import settings as checked
 from hypothesis import strategies as st
@@ -52,33 +53,6 @@ from keel_rollout.collector.text import TextCodec
 from keel_rollout.collector.verify import VerifierPool
 
 GROUPS, BYTES = groups_key("r"), bytes_key(groups_key("r"))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def client(server: RedisServer) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(server.url) as client:
-        yield client
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[ScriptedEngine]:
-    engine = ScriptedEngine()
-    engine.address = await engine.start()
-    yield engine
-    await engine.stop()
-
-
-@pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    return make_artifact(tmp_path / "base")
 
 
 @pytest.fixture
@@ -546,26 +520,24 @@ async def test_a_disk_that_takes_no_more_is_waited_for_and_nothing_is_lost(
     assert caplog.text.count("is held back") == 1
 
 
-class Away(BlobStore):
-    """A store behind a network, whose package has errors of its own."""
-
-    tries = 0
-
-    def put(self, *arguments: Any) -> sequence_pb2.BlobRef:
-        self.tries += 1
-        if self.tries < 3:
-            raise RuntimeError("503 slow down")
-        return super().put(*arguments)
-
-
 async def test_a_store_behind_a_network_may_fail_in_its_own_way(
-    server: RedisServer, client: redis.Redis, artifact: Path
+    server: RedisServer, client: redis.Redis, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blobs = Away("memory://blobs")
+    """The package that speaks to it has errors of its own."""
+    blobs = BlobStore("memory://blobs")
+    write, tries = MemoryFileSystem.pipe_file, []
+
+    def slow_down(*arguments: Any, **options: Any) -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise RuntimeError("503 slow down")
+        write(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", slow_down)
     write_run(client, make_spec(), artifact, "")
     async with stream(server.url, QueueSettings(inline_bytes=100, blobs=blobs)) as groups:
         adding = asyncio.create_task(groups.add(void(0)))
-        await until(lambda: "of slot 0/0/0: 503 slow down" in queue_full(client))
+        await until(lambda: "503 slow down" in queue_full(client))
         await adding
         await until(lambda: not queue_full(client))
     ((_, fields),) = client.xrange(GROUPS)

@@ -46,7 +46,7 @@ POINTS = (
         lambda staging, *_: staging.staged_bytes > 0,
     ),
     Point("ledger-save", "keel_trainer.ledger", "Ledger.append", "after"),
-    Point("mid-checkpoint", "keel_trainer.checkpoint", "_sync", "before"),
+    Point("mid-checkpoint", "keel_trainer.checkpoint", "sync", "before"),
     Point("checkpoint-ack", "keel_trainer.checkpoint", "Checkpoints.save", "after"),
     Point("record-publish", "keel_trainer.store", "RunStore.record_version", "after"),
     Point("end-blobs", "keel_trainer.store", "RunStore.end", "after"),

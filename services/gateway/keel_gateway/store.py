@@ -26,14 +26,11 @@ from keel.queue import (
     DRAINED_KEY,
     FENCING_KEY,
     RUNS_KEY,
-    bytes_key,
     checkpoints_key,
     dead_envelopes_key,
     dead_letters_key,
-    demos_key,
-    failures_key,
-    groups_key,
     metrics_key,
+    queue_keys,
     run_key,
     samples_key,
 )
@@ -208,9 +205,7 @@ class Store:
 
     async def drop_streams(self, run: str) -> None:
         """Removes demonstrations and groups of a run that no trainer will train on."""
-        streams = (demos_key(run), groups_key(run))
-        about = [of(stream) for stream in streams for of in (bytes_key, failures_key)]
-        await self._redis.delete(*streams, *about)
+        await self._redis.delete(*queue_keys(run))
 
     async def rows(self, record: RunRecord, *, after: int, limit: int) -> list[Row]:
         """Metric rows of steps in (after, record.step], ascending, at most `limit`."""

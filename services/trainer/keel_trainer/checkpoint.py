@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from keel.checkpoints import CheckpointInfo
 from keel.codec import xxh3
+from keel.disk import sync
 from keel_trainer.storage import StorageError
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,10 @@ class Checkpoints:
         content = asdict(progress) | {"xxh3": f"{_hash(temporary / 'state.safetensors'):016x}"}
         (temporary / "progress.json").write_text(json.dumps(content), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync(self._folder)
+        sync(self._folder)
         for old in self._all()[: -self._keep]:
             shutil.rmtree(old)
         return final
@@ -163,11 +163,3 @@ def _progress(folder: Path) -> tuple[Progress, str]:
 
 def _hash(path: Path) -> int:
     return xxh3(path.read_bytes())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,17 +19,17 @@ from typing import Generic, TypeVar
 
 import redis
 
-from keel.blobs import BlobStore, Stream
+from keel.blobs import BlobStore
 from keel.codec import xxh3
 from keel.errors import IntegrityError, KeelError, WireError
 from keel.queue import (
     CONSUMER_GROUP,
     SlotKey,
-    demos_key,
+    Stream,
     envelope_bytes,
-    groups_key,
     parse_envelope,
     slot_of,
+    stream_key,
 )
 from keel.types.v1 import sequence_pb2
 from keel_trainer.dead_letters import DeadLetters
@@ -48,7 +48,6 @@ _READ_COUNT = 64
 _READ_BYTES = 64 * 2**20
 """About the most that is read at once."""
 _REMOVED_AT_ONCE = 1000
-_KEYS: dict[Stream, Callable[[str], str]] = {"demos": demos_key, "groups": groups_key}
 
 Fields = dict[bytes, bytes]
 Content = TypeVar("Content")
@@ -93,7 +92,7 @@ class SlotReader:
             blobs: where entries refer to; None: an entry that refers to a blob cannot be read.
         """
         self._store, self._reading, self._run = store, reading, store.run
-        self._stream, self._key = stream, _KEYS[stream](store.run)
+        self._stream, self._key = stream, stream_key(store.run, stream)
         self._attempt, self._blobs = attempt, blobs
         self._first_lap, self._covered_lap = first_lap, covered_lap
         self._dead = DeadLetters(store, stream)

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError
 
-from keel.blobs import Stream
 from keel.dead_letters import TRIES, DeadLetter, parse_dead_letters
-from keel.queue import BLOB_FIELD, ENVELOPE_FIELD, SlotKey
+from keel.queue import BLOB_FIELD, ENVELOPE_FIELD, SlotKey, Stream
 from keel.types.v1 import sequence_pb2
 from keel_trainer.store import RunStore
 

@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypeVar
 
+import redis
 import torch
 
+from keel.blobs import BlobStore
 from keel.ledger import Checkpointed, Line, Outcome, Used
+from keel.queue import Stream
 from keel.spec import RunSpec
 from keel_trainer.checkpoint import Checkpoints, Progress
 from keel_trainer.consumer import SlotReader, Taken
@@ -35,21 +40,44 @@ class Durable:
     def __init__(
         self,
         store: RunStore,
-        ledger: Ledger,
-        checkpoints: Checkpoints,
-        demos: SlotReader,
-        groups: SlotReader,
+        reading: redis.Redis,
+        folder: Path,
         *,
         spec: RunSpec,
-        covered: Progress | None,
+        attempt: int,
+        blobs: BlobStore | None,
     ) -> None:
-        """
+        """Takes the newest checkpoint that is whole.
+
         Args:
-            covered: the checkpoint that the run goes on from.
+            reading: see `SlotReader`.
+            folder: of the run.
         """
-        self._store, self._ledger, self._checkpoints = store, ledger, checkpoints
-        self._demos, self._groups, self._spec = demos, groups, spec
-        self._covered = covered
+        self._store, self._spec = store, spec
+        self._ledger = Ledger(folder)
+        self._checkpoints = Checkpoints(folder / "checkpoints", spec.checkpoint.keep)
+        latest = self._checkpoints.load_latest()
+        self._covered = latest[0] if latest else None
+        self.progress = self._covered or Progress(attempt, cold_start_step=0, step=0)
+        """Where the run goes on."""
+        self.state = latest[1] if latest else None
+        """What `Backend.state_dict` was there; None at the beginning. To be dropped once loaded."""
+        # what the checkpoint before covers too is nobody's any more
+        before = self._checkpoints.before(self.progress) or Progress(self.progress.attempt, 0, 0)
+
+        def reader(stream: Stream, first_lap: int, covered_lap: int) -> SlotReader:
+            return SlotReader(
+                store,
+                reading,
+                stream,
+                attempt=self.progress.attempt,
+                first_lap=first_lap,
+                covered_lap=covered_lap,
+                blobs=blobs,
+            )
+
+        self.demos = reader("demos", self.progress.cold_start_step, before.cold_start_step)
+        self.groups = reader("groups", self._laps(self.progress), self._laps(before))
         self._spent_s = 0.0
 
     def spent_s(self) -> float:
@@ -63,9 +91,8 @@ class Durable:
         Args:
             check: called while the disk takes nothing; raises to give up.
         """
-        began = time.perf_counter()
-        self.insist("the ledger", lambda: self._ledger.append(lines), check)
-        self._spent_s += time.perf_counter() - began
+        with self._timed():
+            self._append(lines, check)
 
     def checkpoint(
         self,
@@ -74,20 +101,17 @@ class Durable:
         check: Callable[[], object],
     ) -> None:
         """Writes a checkpoint, then acknowledges what the one before covers."""
-        began = time.perf_counter()
-        self._store.read()  # a lease that is over writes nothing
-        name = f"the checkpoint of step {progress.step}"
-        self.insist(name, lambda: self._checkpoints.save(progress, state()), check)
-        line = Checkpointed(step=progress.step, cold_start_step=progress.cold_start_step)
-        self._spent_s += time.perf_counter() - began
-        self.enter(line, check=check)
-        began = time.perf_counter()
-        self.list_checkpoints()
-        spare = self._covered if self._spec.checkpoint.keep > 1 else progress
-        self._covered = progress
-        if spare is not None:
-            self._acknowledge(spare)
-        self._spent_s += time.perf_counter() - began
+        with self._timed():
+            self._store.read()  # a lease that is over writes nothing
+            name = f"the checkpoint of step {progress.step}"
+            self.insist(name, lambda: self._checkpoints.save(progress, state()), check)
+            line = Checkpointed(step=progress.step, cold_start_step=progress.cold_start_step)
+            self._append([line], check)
+            self.list_checkpoints()
+            spare = self._covered if self._spec.checkpoint.keep > 1 else progress
+            self._covered = progress
+            if spare is not None:
+                self._acknowledge(spare)
 
     def make_room(
         self,
@@ -114,19 +138,30 @@ class Durable:
         """See `storage.insist`."""
         return insist(what, write, tell=self._store.tell, check=check)
 
+    def _append(self, lines: Sequence[Line], check: Callable[[], object]) -> None:
+        self.insist("the ledger", lambda: self._ledger.append(lines), check)
+
     def _holds(self, covered: Progress) -> bool:
         """Something that it covers is still in the queue."""
-        if self._cold_start_over(covered) and self._demos.in_flight():
+        if self._cold_start_over(covered) and self.demos.in_flight():
             return True
-        lap = covered.step // self._spec.recipe.off_policiness
-        return self._demos.holds(covered.cold_start_step) or self._groups.holds(lap)
+        return self.demos.holds(covered.cold_start_step) or self.groups.holds(self._laps(covered))
 
     def _acknowledge(self, covered: Progress) -> None:
         if self._cold_start_over(covered):
-            self._demos.drop()
+            self.demos.drop()
         else:
-            self._demos.acknowledge(covered.cold_start_step)
-        self._groups.acknowledge(covered.step // self._spec.recipe.off_policiness)
+            self.demos.acknowledge(covered.cold_start_step)
+        self.groups.acknowledge(self._laps(covered))
+
+    def _laps(self, progress: Progress) -> int:
+        return progress.step // self._spec.recipe.off_policiness
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._spent_s += time.perf_counter() - began
 
     def _cold_start_over(self, covered: Progress) -> bool:
         return covered.cold_start_step >= self._spec.cold_start.steps

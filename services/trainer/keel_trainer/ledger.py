@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from keel.disk import sync
 from keel.errors import FencedError
 from keel.ledger import FILE, Line, encode, whole
 from keel_trainer.storage import StorageError
@@ -54,13 +55,5 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         if created:
-            _sync(self._path.parent)
+            sync(self._path.parent)
         self._size += len(data)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

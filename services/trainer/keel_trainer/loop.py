@@ -17,7 +17,7 @@ from pathlib import Path
 
 import redis
 
-from keel.blobs import BlobStore, Stream
+from keel.blobs import BlobStore
 from keel.errors import IntegrityError, InvalidField, KeelError
 from keel.ledger import Line, Opened, Outcome, Used
 from keel.record import Desired, Phase, RunRecord
@@ -28,10 +28,9 @@ from keel_trainer.algo.replay import ReplayPlan, replay_plan
 from keel_trainer.artifact import prepare_artifact, save_model
 from keel_trainer.backends.base import Backend
 from keel_trainer.backends.torch import TorchBackend
-from keel_trainer.checkpoint import Checkpoints, Progress
+from keel_trainer.checkpoint import Progress
 from keel_trainer.consumer import SlotReader
 from keel_trainer.durable import Durable, used
-from keel_trainer.ledger import Ledger
 from keel_trainer.publish import Publisher
 from keel_trainer.samples import Sampler
 from keel_trainer.sequences import TrainSequence
@@ -127,29 +126,12 @@ class TrainingRun:
         plan = replay_plan(
             recipe.replay, off_policiness=recipe.off_policiness, moe=backend.info.is_moe
         )
-        checkpoints = Checkpoints(folder / "checkpoints", spec.checkpoint.keep)
-        progress = Progress(attempt=record.attempt, cold_start_step=0, step=0)
-        if latest := checkpoints.load_latest():
-            progress, state = latest
-            backend.load_state_dict(state)
+        durable = Durable(store, reading, folder, spec=spec, attempt=record.attempt, blobs=blobs)
+        progress = durable.progress
+        if durable.state is not None:
+            backend.load_state_dict(durable.state)
+            durable.state = None
             log.info("resuming after step %d", progress.step)
-        # what the checkpoint before covers too is nobody's any more
-        before = checkpoints.before(progress) or Progress(progress.attempt, 0, 0)
-        n = recipe.off_policiness
-
-        def reader(stream: Stream, first_lap: int, covered_lap: int) -> SlotReader:
-            return SlotReader(
-                store,
-                reading,
-                stream,
-                attempt=progress.attempt,
-                first_lap=first_lap,
-                covered_lap=covered_lap,
-                blobs=blobs,
-            )
-
-        demos = reader("demos", progress.cold_start_step, before.cold_start_step)
-        groups = reader("groups", progress.step // n, before.step // n)
         probe = probe_tokens(backend.info.vocab_size)
         store.write(folder=folder, artifact=artifact)
         return cls(
@@ -169,17 +151,9 @@ class TrainingRun:
                 needs_routes=plan.needs_engine_routes,
                 shared=SharedWeights(weights, record.run) if weights else None,
             ),
-            durable=Durable(
-                store,
-                Ledger(folder),
-                checkpoints,
-                demos,
-                groups,
-                spec=spec,
-                covered=progress if latest else None,
-            ),
-            demos=demos,
-            groups=groups,
+            durable=durable,
+            demos=durable.demos,
+            groups=durable.groups,
             plan=plan,
             sampler=Sampler(store, artifact, spec.laps),
             device=device,

@@ -16,24 +16,26 @@ import redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 
-from keel.blobs import Stream
 from keel.checkpoints import CheckpointInfo, encode_checkpoints
 from keel.dead_letters import DeadLetter
 from keel.errors import FencedError, IntegrityError, NotFound
 from keel.metrics import encode_row, evaluation_field, row_field
 from keel.queue import (
     CONSUMER_GROUP,
+    FULL_SIGNS,
+    IF_KNOWN,
     SlotKey,
+    Stream,
     bytes_key,
     checkpoints_key,
     dead_envelopes_key,
     dead_letters_key,
-    demos_key,
     failures_key,
-    groups_key,
     metrics_key,
+    queue_keys,
     run_key,
     samples_key,
+    stream_key,
     versions_key,
 )
 from keel.record import Phase, RunRecord, pack_fields
@@ -55,14 +57,8 @@ def connect(url: str, *, retries: int = 20) -> redis.Redis:
     return redis.Redis.from_url(url, retry=retry, retry_on_error=list(UNREACHABLE))
 
 
-_FULL = ("OOM command not allowed", "MISCONF", "READONLY")
-"""Signs that Redis is up and takes no writes: memory or disk full, or it is a replica now."""
 _FULL_RETRY_S = 2.0
 _PAGE = 1000
-_HSET_IF = """
-if redis.call("EXISTS", KEYS[1]) == 0 then return -1 end
-return redis.call("HSET", KEYS[2], unpack(ARGV))
-"""
 # a script, since a full Redis refuses every transaction, and this is what makes room in it
 _ACKNOWLEDGE = """
 local ids, slots = cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
@@ -92,7 +88,7 @@ def takes_no_writes(error: redis.ResponseError) -> bool:
     """Redis is full, say: the same command may succeed later."""
     # redis-py has a class for some of these, and takes the sign out of their text
     known = (redis.exceptions.OutOfMemoryError, redis.exceptions.ReadOnlyError)
-    return isinstance(error, known) or any(sign in str(error) for sign in _FULL)
+    return isinstance(error, known) or any(sign in str(error) for sign in FULL_SIGNS)
 
 
 class RunLostError(NotFound):
@@ -104,7 +100,7 @@ class RunStore:
 
     def __init__(self, client: redis.Redis, run: str, fencing_token: int) -> None:
         self.redis, self.run, self.token = client, run, fencing_token
-        self._hset_if = client.register_script(_HSET_IF)
+        self._if_known = client.register_script(IF_KNOWN)
         self._acknowledge = client.register_script(_ACKNOWLEDGE)
         self._end = client.register_script(_END)
         self._told = ""
@@ -146,8 +142,7 @@ class RunStore:
 
     def write_checkpoints(self, checkpoints: Sequence[CheckpointInfo]) -> None:
         """Replaces the list of checkpoints that exist."""
-        encoded = encode_checkpoints(checkpoints)
-        self._insist(lambda: self.redis.set(checkpoints_key(self.run), encoded))
+        self._write("SET", checkpoints_key(self.run), encode_checkpoints(checkpoints))
 
     def evaluated(self, attempt: int, step: int) -> bool:
         """The collector's evaluation after `step` is there."""
@@ -161,7 +156,7 @@ class RunStore:
         final = [str(one) for one in Phase if one.final]
         fields = pack_fields(phase=phase, error=error, trouble="", finished_s=time.time())
         pairs = [part for pair in fields.items() for part in pair]
-        keys = [run_key(self.run), *self._queue_keys()]
+        keys = [run_key(self.run), *queue_keys(self.run)]
         args: list[str | int] = [self.token, len(final), *final, *pairs]
         found = self._insist(lambda: self._end(keys=keys, args=args))
         if found == b"lost":
@@ -173,10 +168,6 @@ class RunStore:
         """Removes a stream that nobody will add to or read any more."""
         keys = (stream, bytes_key(stream), failures_key(stream))
         self._insist(lambda: self.redis.delete(*keys))
-
-    def _queue_keys(self) -> list[str]:
-        streams = (demos_key(self.run), groups_key(self.run))
-        return [*streams, *(of(stream) for stream in streams for of in (bytes_key, failures_key))]
 
     def make_stream(self, stream: str) -> None:
         """Makes a stream with its consumer group, unless they are there."""
@@ -219,13 +210,12 @@ class RunStore:
 
     def count_failure(self, stream: Stream, entry: str) -> int:
         """Counts one more failure to read an entry; returns how many there were."""
-        key = failures_key(demos_key(self.run) if stream == "demos" else groups_key(self.run))
-        return int(self._insist(lambda: self.redis.hincrby(key, entry, 1)))
+        key = failures_key(stream_key(self.run, stream))
+        return int(self._write("HINCRBY", key, entry, 1))
 
     def forget_failures(self, stream: Stream, entry: str) -> None:
         """The entry could be read after all."""
-        key = failures_key(demos_key(self.run) if stream == "demos" else groups_key(self.run))
-        self._insist(lambda: self.redis.hdel(key, entry))
+        self._write("HDEL", failures_key(stream_key(self.run, stream)), entry)
 
     def dead_letters(self) -> Mapping[bytes, bytes]:
         """See `keel.dead_letters`."""
@@ -249,7 +239,7 @@ class RunStore:
         """
         text = f"{fingerprint:016x}"
         key = versions_key(self.run)
-        if self._insist(lambda: self.redis.hsetnx(key, str(version), text)):
+        if self._write("HSETNX", key, str(version), text):
             return
         known = self.redis.hget(key, str(version))
         if known != text.encode():
@@ -259,10 +249,15 @@ class RunStore:
             )
 
     def _hset(self, key: str, mapping: Mapping[Any, Any]) -> None:
-        pairs = [part for pair in mapping.items() for part in pair]
-        keys = [run_key(self.run), key]
-        if self._insist(lambda: self._hset_if(keys=keys, args=pairs)) == -1:
+        self._write("HSET", key, *(part for pair in mapping.items() for part in pair))
+
+    def _write(self, command: str, key: str, *rest: Any) -> Any:
+        """The command's reply, however long Redis takes no writes. RunLostError: see `IF_KNOWN`."""
+        keys, args = [run_key(self.run), key], [command, *rest]
+        found = self._insist(lambda: self._if_known(keys=keys, args=args))
+        if found == -1:
             raise self._lost()
+        return found
 
     def _fenced(self, token: int) -> FencedError:
         return FencedError(f"run {self.run!r}: lease {self.token} is over, {token} has it now")

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import redis.exceptions
 
+from keel.queue import FULL_SIGNS
+
 log = logging.getLogger(__name__)
 
 FIRST_S, MOST_S = 0.1, 5.0
@@ -23,9 +25,6 @@ _TROUBLE = (
     redis.exceptions.OutOfMemoryError,  # noeviction: wait until the trainer has freed some
     redis.exceptions.ReadOnlyError,  # failover
 )
-_FULL = ("MISCONF", "OOM command not allowed", "READONLY")
-"""As errors of redis-py: MISCONF (its disk is full, say) has no class, the others none where a
-script meets them."""
 
 Result = TypeVar("Result")
 
@@ -61,7 +60,7 @@ def passes(error: Exception) -> bool:
     """An operation on Redis failed for a reason that goes away by itself or by an operator."""
     return isinstance(error, _TROUBLE) or (
         isinstance(error, redis.exceptions.ResponseError)
-        and any(sign in str(error) for sign in _FULL)
+        and any(sign in str(error) for sign in FULL_SIGNS)
     )
 
 

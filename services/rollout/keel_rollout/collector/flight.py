@@ -15,8 +15,7 @@ from itertools import chain
 
 import redis.asyncio
 
-from keel.blobs import Stream
-from keel.queue import SlotKey, bytes_key, demos_key, groups_key
+from keel.queue import SlotKey, Stream, bytes_key, stream_key
 from keel_rollout.collector.backoff import insist
 from keel_rollout.collector.telemetry import BYTES_IN_FLIGHT
 
@@ -35,8 +34,8 @@ class Flight:
     def __init__(self, client: redis.asyncio.Redis, run: str) -> None:
         self._redis, self._run = client, run
         self._hashes: Mapping[Stream, str] = {
-            "demos": bytes_key(demos_key(run)),
-            "groups": bytes_key(groups_key(run)),
+            "demos": bytes_key(stream_key(run, "demos")),
+            "groups": bytes_key(stream_key(run, "groups")),
         }
         self._there: dict[Place, int] = {}
         """Bytes by slot as Redis had them, and what was added since."""

@@ -10,15 +10,9 @@ from typing import Any
 
 import redis.asyncio
 
-from keel.queue import run_key
+from keel.queue import IF_KNOWN, run_key
 from keel.record import pack_fields
 from keel_rollout.collector.backoff import insist
-
-_IF_KNOWN = """
-if redis.call("EXISTS", KEYS[1]) == 0 then return 0 end
-redis.call(ARGV[1], KEYS[2], unpack(ARGV, 2))
-return 1
-"""
 
 
 async def tell(client: redis.asyncio.Redis, run: str, **fields: object) -> bool:
@@ -49,8 +43,7 @@ async def _if_known(
     client: redis.asyncio.Redis, run: str, command: str, key: str, *arguments: Any
 ) -> bool:
     script: Any = client.eval
-    return bool(
-        await insist(
-            f"run {run}", lambda: script(_IF_KNOWN, 2, run_key(run), key, command, *arguments)
-        )
+    found = await insist(
+        f"run {run}", lambda: script(IF_KNOWN, 2, run_key(run), key, command, *arguments)
     )
+    return found != -1

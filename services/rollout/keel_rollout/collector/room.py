@@ -19,14 +19,8 @@ from dataclasses import dataclass, field
 
 import redis.asyncio
 
-from keel.blobs import BlobStore, Stream
-from keel.errors import KeelError
-from keel.queue import (
-    ENVELOPE_FIELD,
-    SLOT_FIELD,
-    SlotKey,
-    pack_blob,
-)
+from keel.blobs import BlobStore
+from keel.queue import SlotKey, Stream, pack_blob, pack_bytes
 from keel.sizes import REDIS_VALUE_BYTES, show_bytes
 from keel.types.v1 import sequence_pb2
 from keel_rollout.collector.backoff import FIRST_S, MOST_S
@@ -106,8 +100,7 @@ class Room:
                 yield pack_blob(packed.slot, packed.blob)
             else:
                 async with self._redis_has_room(place, packed.size):
-                    slot = str(packed.slot).encode()
-                    yield {SLOT_FIELD: slot, ENVELOPE_FIELD: bytes(packed.data)}
+                    yield pack_bytes(packed.slot, bytes(packed.data))
             self.flight.add(place, packed.size)
 
     async def _wait_for_room(self, place: Place, size: int) -> None:
@@ -158,13 +151,11 @@ class Room:
                     packed.blob = await asyncio.to_thread(
                         blobs.put, self._run, stream, packed.slot, packed.data
                     )
-                except KeelError:
-                    raise
-                except Exception as error:  # OSError, and what the packages of URLs make of it
+                except OSError as error:
                     if wait_s == FIRST_S:
                         text = (
                             f"the blob store cannot take {show_bytes(packed.size)} of slot "
-                            f"{packed.slot}: {error or type(error).__name__}; it tries again until "
+                            f"{packed.slot}: {error}; it tries again until "
                             "that is mended"
                         )
                         held.enter_context(self._holds.because("blobs", text))

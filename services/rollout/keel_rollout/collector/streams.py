@@ -8,9 +8,8 @@ from typing import Any
 
 import redis.asyncio
 
-from keel.blobs import Stream
 from keel.errors import WireError
-from keel.queue import SlotKey, bytes_key, demos_key, groups_key, slot_of
+from keel.queue import SlotKey, Stream, bytes_key, slot_of, stream_key
 from keel_rollout.collector.backoff import REDIS_TIMEOUT_S, Backoff, insist, passes
 from keel_rollout.collector.room import Packed, Room
 
@@ -34,7 +33,7 @@ class SlotStream:
 
     def __init__(self, client: redis.asyncio.Redis, name: Stream, run: str, room: Room) -> None:
         self._redis, self._name, self._room = client, name, room
-        self._key = (groups_key if name == "groups" else demos_key)(run)
+        self._key = stream_key(run, name)
         self._added: set[SlotKey] = set()
         self._in_doubt = True
         """The stream may hold more than `_added`, or less."""
